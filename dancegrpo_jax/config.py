@@ -1,0 +1,456 @@
+"""Every setting of a run: its default, meaning and allowed values in one table; loading, overriding, checking.
+
+A config file is a Python module with `get_config()`, which starts from `default()` and changes keys. The result is a
+locked `ml_collections.ConfigDict`, so a typo is an error, in the file and on the command line alike.
+"""
+
+import ast
+import difflib
+import json
+import math
+import re
+import runpy
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+# The choices of sde.py and grpo.py, spelled again so that help and config errors come without importing jax.
+FLOW_KERNELS, DIFFUSION_KERNELS = ("dance", "flow", "cps"), ("ddim", "sde")
+COMBINE = ("advantages", "rewards", "gdpo")
+
+
+class ConfigError(ValueError):
+    """A wrong setting; one line naming the key, its value, what is allowed and the remedy."""
+
+
+# ------------------------------------------------------------------------------------------ the table
+
+
+class Rule(NamedTuple):
+    """What a value must satisfy, and the same in words."""
+
+    holds: Callable[[Any], bool]
+    text: str
+
+
+class Key(NamedTuple):
+    """One setting. Its type is the type of its default."""
+
+    default: Any
+    rule: Rule
+    help: str
+
+
+def _at_least(low, multiple: int = 1) -> Rule:
+    text = f">= {low}" + (f" and a multiple of {multiple}" if multiple > 1 else "")
+    return Rule(lambda value: value >= low and value % multiple == 0 if multiple > 1 else value >= low, text)
+
+
+def _between(low, high, *, ends: str = "[]") -> Rule:
+    def holds(value):
+        return (value > low if ends[0] == "(" else value >= low) and (value < high if ends[1] == ")" else value <= high)
+    return Rule(holds, f"in {ends[0]}{low}, {high}{ends[1]}")
+
+
+def _one_of(*choices) -> Rule:
+    return Rule(lambda value: value in choices, f"one of {', '.join(map(repr, choices))}")
+
+
+_ANY = Rule(lambda value: True, "")
+_POSITIVE = Rule(lambda value: value > 0, "> 0")
+_NOT_EMPTY = Rule(bool, "not empty")
+_AXIS = Rule(lambda value: value == -1 or value >= 1, ">= 1, or -1 for the rest of the devices")
+KERNELS = {"flux": FLOW_KERNELS, "stable_diffusion": DIFFUSION_KERNELS}
+_POLICY = Rule(lambda value: value in KERNELS or ":" in value, f"one of {', '.join(KERNELS)}, or 'package.module:Class'")
+
+KEYS: dict[str, Key] = {
+    "seed": Key(0, _at_least(0), "all randomness derives from it"),
+    "run_dir": Key("runs/run", _NOT_EMPTY, "folder of metrics, images, checkpoints and the report"),
+    "steps": Key(100, _at_least(1), "iterations; one is a rollout and its updates"),
+
+    "model.policy": Key("stable_diffusion", _POLICY, "family of the base model"),
+    "model.folder": Key("", _NOT_EMPTY, "pipeline folder in the diffusers layout"),
+    "model.dtype": Key("float32", _one_of("float32", "bfloat16"), "compute dtype of the networks; weights stay float32"),
+    "model.remat": Key(True, _ANY, "recompute activations in the backward pass: less memory, about 1/3 more compute"),
+    "model.height": Key(512, _at_least(8, 8), "of the images, pixels"),
+    "model.width": Key(512, _at_least(8, 8), "of the images, pixels"),
+    "model.guidance_scale": Key(1.0, _at_least(0), "classifier-free guidance in rollout and update; 1 = off"),
+    "model.embedded_guidance": Key(3.5, _at_least(0), "guidance that distilled models (FLUX dev) take as an input"),
+    "model.lora.rank": Key(0, _at_least(0), "of the adapters; 0 trains all weights of the denoiser"),
+    "model.lora.alpha": Key(0.0, _at_least(0), "adapters are scaled by alpha / rank; 0 = 2 * rank"),
+    "model.lora.targets": Key((r".*attn.*\.to_(q|k|v|out\.0)",), _ANY, "regexes of layer names that get adapters"),
+
+    "sampler.kernel": Key("ddim", _one_of(*FLOW_KERNELS, *DIFFUSION_KERNELS),
+                          f"transition: {', '.join(FLOW_KERNELS)} (rectified flow), {', '.join(DIFFUSION_KERNELS)} (diffusion)"),
+    "sampler.eta": Key(1.0, _POSITIVE, "strength of the sampling noise; 0.3 for dance, 0.7 for flow, 1.0 for ddim"),
+    "sampler.steps": Key(50, _between(2, 1000), "denoising steps of the rollout (T)"),
+    "sampler.shift": Key(1.0, _POSITIVE, "of the rectified-flow schedule towards noise; 3 for FLUX"),
+    "sampler.window": Key(0, _at_least(0), "noisy and trained steps only within a moving window of this size; 0 = all"),
+    "sampler.window_stride": Key(1, _at_least(1), "steps by which the window moves"),
+    "sampler.window_interval": Key(25, _at_least(1), "iterations between two moves of the window"),
+    "sampler.shared_noise": Key(True, _ANY, "all samples of a prompt start from the same noise"),
+    "sampler.eval_steps": Key(50, _between(1, 1000), "steps of the deterministic sampler in evaluation"),
+
+    "data.train": Key("", _NOT_EMPTY, "file of training prompts, one a line"),
+    "data.heldout": Key("", _NOT_EMPTY, "file of evaluation prompts, one a line"),
+    "data.prompts_per_step": Key(8, _at_least(1), "prompts in an iteration (P)"),
+    "data.group_size": Key(16, _at_least(2), "samples of each prompt (G)"),
+    "data.chunks": Key(1, _at_least(1), "pieces of a rollout, so that host rewards overlap with sampling; divides P"),
+
+    "rewards": Key({}, _NOT_EMPTY, 'what to maximise: {name: {"weight": w, ...options}}'),
+    "combine": Key("advantages", _one_of(*COMBINE), "how several rewards make one advantage"),
+
+    "grpo.clip_range": Key(1e-4, _POSITIVE, "of the ratio; it refers to the mean log-probability per dimension"),
+    "grpo.advantage_clip": Key(5.0, _POSITIVE, "limit of the absolute advantage"),
+    "grpo.timestep_fraction": Key(0.6, _between(0, 1, ends="(]"), "share of the steps that is trained, chosen per sample"),
+    "grpo.best_of": Key(0, _at_least(0, 2), "train only the best and worst halves of this many samples; 0 = all"),
+    "grpo.kl_beta": Key(0.0, _at_least(0), "weight of the KL divergence to the base weights"),
+    "grpo.updates_per_rollout": Key(1, _at_least(1), "optimizer updates in an iteration"),
+    "grpo.microbatch": Key(8, _at_least(1), "(sample, timestep) pairs in one accumulation step"),
+
+    "optim.learning_rate": Key(1e-5, _POSITIVE, "of AdamW, constant after the warm-up"),
+    "optim.b1": Key(0.9, _between(0, 1, ends="[)"), "decay of the gradient average"),
+    "optim.b2": Key(0.999, _between(0, 1, ends="[)"), "decay of the squared-gradient average"),
+    "optim.eps": Key(1e-8, _POSITIVE, "of AdamW"),
+    "optim.weight_decay": Key(1e-4, _at_least(0), "decoupled"),
+    "optim.grad_clip": Key(1.0, _at_least(0), "limit of the global gradient norm; 0 = off"),
+    "optim.warmup_steps": Key(0, _at_least(0), "updates of linear warm-up"),
+    "optim.ema_decay": Key(0.0, _between(0, 1, ends="[)"), "moving average of the weights, used in evaluation; 0 = off"),
+
+    "eval.every": Key(0, _at_least(0), "iterations between evaluations; 0 = only at the start and the end"),
+    "eval.num_prompts": Key(64, _at_least(1), "of the held-out file, from its start"),
+    "eval.batch": Key(16, _at_least(1), "prompts sampled at a time; the last batch is padded"),
+    "eval.rewards": Key({}, _ANY, "rewards to report; {} = the training rewards"),
+
+    "checkpoint.every": Key(25, _at_least(1), "iterations between checkpoints"),
+    "checkpoint.keep": Key(2, _at_least(1), "newest checkpoints to keep"),
+
+    "mesh.data": Key(-1, _AXIS, "devices that each hold all weights and share the batch"),
+    "mesh.fsdp": Key(1, _AXIS, "devices that share weights and batch"),
+    "mesh.tensor": Key(1, _AXIS, "devices that share the features of each layer"),
+
+    "log.tensorboard": Key(True, _ANY, "write TensorBoard events into run_dir"),
+    "log.wandb": Key("", _ANY, "project name at Weights & Biases; empty = off"),
+    "log.images_every": Key(10, _at_least(0), "iterations between grids of training samples; 0 = never"),
+    "log.prompts_in_grid": Key(8, _at_least(1), "rows of an image grid"),
+}
+FREE_FORM = tuple(name for name, key in KEYS.items() if isinstance(key.default, dict))
+_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", tuple: "a tuple of strings",
+               dict: 'a dict {name: {"weight": w, ...}}'}
+
+
+def default() -> ConfigDict:
+    """Every key of `KEYS` with its default, locked. `model.folder`, `data` and `rewards` must still be given."""
+    nested: dict = {}
+    for name, key in KEYS.items():
+        *sections, last = name.split(".")
+        node = nested
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = key.default
+    return ConfigDict(nested).lock()
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """{dotted key: value}; free-form keys stay whole, as plain dicts."""
+    flat: dict[str, Any] = {}
+
+    def walk(node, prefix):
+        for name in node:
+            value, dotted = node[name], prefix + name
+            if isinstance(value, (ConfigDict, Mapping)) and dotted not in FREE_FORM:
+                walk(value, dotted + ".")
+            else:
+                flat[dotted] = value.to_dict() if isinstance(value, ConfigDict) else value
+    walk(config, "")
+    return flat
+
+
+def trained_steps(config: ConfigDict) -> int:
+    """Timesteps trained per sample (K): the fraction of the first T - 1 steps, or of the window; at least 1."""
+    return max(1, int((config.sampler.window or config.sampler.steps - 1) * config.grpo.timestep_fraction))
+
+
+# ------------------------------------------------------------------------------------------ checking
+
+
+def _fail(name: str, value, text: str) -> None:
+    raise ConfigError(f"config.{name}={value!r}: {text}")
+
+
+def _nearest(name: str) -> str:
+    """The end of an unknown key's message: the nearest dotted key, or failing that the nearest last part of one."""
+    known = [*KEYS, *{key.rpartition(".")[0] for key in KEYS if "." in key}]
+    found = difflib.get_close_matches(name, known, 1, cutoff=0.75)
+    if not found:
+        ends = {key.split(".")[-1]: key for key in reversed(known)}
+        found = [ends[end] for end in difflib.get_close_matches(name.split(".")[-1], ends, 1)]
+    return f"; did you mean config.{found[0]}?" if found else "; --help lists all keys"
+
+
+def _check_type(name: str, value, kind: type) -> None:
+    if kind in (int, float):
+        good = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    elif kind is tuple:
+        good = isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value)
+    elif kind is dict:
+        good = isinstance(value, dict) and all(isinstance(options, dict) or options is None for options in value.values())
+    else:
+        good = isinstance(value, kind)
+    if not good:
+        _fail(name, value, f"must be {_TYPE_NAMES[kind]}")
+    if kind is float and not math.isfinite(value):
+        _fail(name, value, "must be a finite number")
+
+
+def _check_rewards(name: str, rewards: dict) -> None:
+    for reward, options in rewards.items():
+        weight = (options or {}).get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            _fail(f"{name}.{reward}.weight", weight, "must be a finite number; 0 means logged only")
+
+
+def _divisors_near(total: int, value: int) -> str:
+    divisors = sorted({d for i in range(1, math.isqrt(total) + 1) if total % i == 0 for d in (i, total // i)})
+    below, above = [d for d in divisors if d < value][-3:], [d for d in divisors if d > value][:3]
+    return ", ".join(map(str, below + above))
+
+
+def validate(config: ConfigDict, devices: int | None = None) -> None:
+    """Checks every key alone and against the others, before anything is compiled.
+
+    Args: devices: number of devices, to check what must divide over them; None leaves that to the mesh.
+    Raises: ConfigError, for the first wrong key.
+    """
+    flat = flatten(config)
+    for name in flat:
+        if name not in KEYS:
+            raise ConfigError(f"config.{name}: unknown key{_nearest(name)}")
+    for name, key in KEYS.items():
+        if name not in flat:
+            raise ConfigError(f"config.{name}: missing; start from dancegrpo_jax.config.default()")
+        value = flat[name]
+        _check_type(name, value, type(key.default))
+        if not key.rule.holds(value):
+            _fail(name, value, f"must be {key.rule.text} ({key.help}); set --config.{name}=...")
+    _check_rewards("rewards", flat["rewards"])
+    _check_rewards("eval.rewards", flat["eval.rewards"])
+    if not any((options or {}).get("weight", 1.0) for options in flat["rewards"].values()):
+        _fail("rewards", flat["rewards"], "at least one weight must differ from 0")
+    _check_sampler(config)
+    _check_lora(config)
+    _check_batch(config, devices)
+
+
+def _check_sampler(config) -> None:
+    sampler = config.sampler
+    kernels = KERNELS.get(config.model.policy)
+    if kernels and sampler.kernel not in kernels:
+        _fail("sampler.kernel", sampler.kernel, f"config.model.policy={config.model.policy!r} takes {' or '.join(kernels)}")
+    if sampler.kernel in ("cps", "ddim") and sampler.eta > 1:
+        _fail("sampler.eta", sampler.eta, f"must be in (0, 1] for the kernel {sampler.kernel!r}, whose noise cannot exceed "
+              "the noise level; lower it")
+    if sampler.window > sampler.steps - 1:
+        _fail("sampler.window", sampler.window, f"must be 0..{sampler.steps - 1} (config.sampler.steps - 1: the last step "
+              "is never trained); lower it, or set 0 for all steps")
+
+
+def _check_lora(config) -> None:
+    lora = config.model.lora
+    if lora.rank and not lora.targets:
+        _fail("model.lora.targets", lora.targets, "must name at least one layer when config.model.lora.rank > 0")
+    for target in lora.targets:
+        try:
+            re.compile(target)
+        except re.error as error:
+            _fail("model.lora.targets", target, f"not a regular expression ({error}); escape special characters with \\")
+
+
+def _check_batch(config, devices: int | None) -> None:
+    data, grpo = config.data, config.grpo
+    if data.prompts_per_step % data.chunks:
+        _fail("data.chunks", data.chunks, f"must divide config.data.prompts_per_step={data.prompts_per_step}; "
+              f"near are {_divisors_near(data.prompts_per_step, data.chunks)}")
+    if grpo.best_of > data.group_size:
+        _fail("grpo.best_of", grpo.best_of, f"must be 0 or an even number up to config.data.group_size={data.group_size}; "
+              "lower it or raise the group size")
+    rows, steps = data.prompts_per_step * (grpo.best_of or data.group_size), trained_steps(config)
+    if rows % grpo.updates_per_rollout:
+        _fail("grpo.updates_per_rollout", grpo.updates_per_rollout, f"must divide the {rows} trained samples of an "
+              f"iteration (prompts * samples each); near are {_divisors_near(rows, grpo.updates_per_rollout)}")
+    pairs = rows // grpo.updates_per_rollout * steps
+    if pairs % grpo.microbatch:
+        _fail("grpo.microbatch", grpo.microbatch, f"must divide the {pairs} (sample, timestep) pairs of an update "
+              f"({rows // grpo.updates_per_rollout} samples x {steps} timesteps); near are "
+              f"{_divisors_near(pairs, grpo.microbatch)}")
+
+    axes = {name: config.mesh[name] for name in ("data", "fsdp", "tensor")}
+    rest = [name for name, size in axes.items() if size == -1]
+    if len(rest) > 1:
+        _fail(f"mesh.{rest[1]}", -1, f"only one axis may be -1, and config.mesh.{rest[0]} is; give a number of devices")
+    known = math.prod(size for size in axes.values() if size != -1)
+    if devices is not None:
+        if devices % known or (not rest and devices != known):
+            _fail("mesh", axes, f"the axes must multiply to the {devices} devices; set one axis to -1")
+        if rest:
+            axes[rest[0]] = devices // known
+    parts = axes["data"] * axes["fsdp"]
+    if parts > 0 and grpo.microbatch % parts:
+        _fail("grpo.microbatch", grpo.microbatch, f"must be a multiple of the {parts} devices that share the batch "
+              "(config.mesh.data * config.mesh.fsdp)")
+    if parts > 0 and rows % (parts * grpo.updates_per_rollout):
+        _fail("data.prompts_per_step", data.prompts_per_step, f"the {rows} trained samples of an iteration must divide over "
+              f"{parts} devices and {grpo.updates_per_rollout} updates")
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+def usage(program: str = "python launch/train.py") -> str:
+    """The help text: how to call, and every key with its default and meaning."""
+    lines = [f"usage: {program} --config=configs/NAME.py [--config.KEY=VALUE ...]", "",
+             "Keys, with the default of a config file that does not set them:"]
+    for name, key in KEYS.items():
+        value = json.dumps(key.default) if not isinstance(key.default, tuple) else repr(key.default)
+        allowed = f" [{key.rule.text}]" if key.rule.text and key.rule.text not in key.help else ""
+        lines.append(f"  --config.{name}={value}\n      {key.help}{allowed}")
+    return "\n".join(lines)
+
+
+def load(argv: Sequence[str]) -> ConfigDict:
+    """Reads `--config=path.py` and `--config.a.b=value` overrides, which win over the file in the order given.
+
+    Values are converted to the key's type: true / false, numbers, strings as they are, tuples as a Python literal or
+    comma-separated, dicts (rewards) as JSON or a Python literal. One option of a reward can be set alone:
+    `--config.rewards.clip.weight=0.5`. Ranges are left to `validate`.
+
+    Args: argv: as in sys.argv, with or without the program's name. `--help` prints `usage` and exits.
+    Raises: ConfigError for a missing or broken file, an unknown key (naming the nearest), a value of the wrong type.
+    """
+    path, overrides, rest = None, [], list(argv)
+    program = rest.pop(0) if rest and not rest[0].startswith("-") else "launch/train.py"
+    while rest:
+        flag = rest.pop(0)
+        if flag in ("-h", "--help"):
+            print(usage(f"python {program}"))
+            raise SystemExit(0)
+        name, given, value = flag.partition("=")
+        if name != "--config" and not name.startswith("--config."):
+            raise ConfigError(f"{flag}: unknown argument; use --config=path.py and --config.KEY=VALUE, or --help")
+        if not given:
+            if not rest or rest[0].startswith("--config"):
+                raise ConfigError(f"{name}: a value is missing; write {name}=VALUE")
+            value = rest.pop(0)
+        if name == "--config":
+            path = value
+        else:
+            overrides.append((name.removeprefix("--config."), value))
+    if path is None:
+        raise ConfigError("--config=path.py is missing; see configs/ for examples and --help for all keys")
+    config = load_file(path)
+    for name, value in overrides:
+        override(config, name, value)
+    return config
+
+
+def load_file(path: str) -> ConfigDict:
+    """The config that `get_config()` of a Python file returns.
+
+    Raises: ConfigError naming the file, and the line where it failed.
+    """
+    if not Path(path).is_file():
+        near = difflib.get_close_matches(Path(path).name, [file.name for file in Path(path).parent.glob("*.py")], 1)
+        hint = f"; did you mean {Path(path).parent / near[0]}?" if near else ""
+        raise ConfigError(f"--config={path}: no such file{hint}")
+    try:
+        module = runpy.run_path(path)
+        if not callable(module.get("get_config")):
+            raise ConfigError(f"--config={path}: it must define get_config(), which returns a config from default()")
+        config = module["get_config"]()
+    except ConfigError:
+        raise
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where, source = (f"{path}:{frames[-1].lineno}", frames[-1].line or "") if frames else (path, "")
+        unknown = re.search(r'"(\w+)"\W* does not exist|instead of "(\w+)"', str(error))
+        if isinstance(error, (AttributeError, KeyError)) and unknown:
+            name = unknown[1] or unknown[2]
+            written = re.search(rf"\w+\.([\w.]*\b{name})\b", source)  # with its sections, as the file spells it
+            name = written[1] if written else name
+            raise ConfigError(f"{where}: config.{name}: unknown key{_nearest(name)}") from error
+        text = " ".join(str(error).split()) + (source and f" in `{source}`")
+        raise ConfigError(f"{where}: {type(error).__name__}: {text}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"--config={path}: get_config() must return a config made by default(), not {type(config).__name__}")
+    return config.lock()
+
+
+def override(config: ConfigDict, name: str, text: str) -> None:
+    """Sets one dotted key from its text on the command line.
+
+    Raises: ConfigError for an unknown key or a value of the wrong type.
+    """
+    if name in KEYS:
+        _assign(config, name, _parse(name, text, type(KEYS[name].default)))
+        return
+    free = next((key for key in FREE_FORM if name.startswith(key + ".")), None)
+    if free:
+        value, (*parts, last) = flatten(config)[free], name.removeprefix(free + ".").split(".")
+        node = value
+        for part in parts:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                _fail(name, text, f"{part!r} is not a dict")
+        node[last] = _literal(text, text)
+        _assign(config, free, value)
+        return
+    inside = [key for key in KEYS if key.startswith(name + ".")]
+    if inside:
+        raise ConfigError(f"config.{name}: is a section; set one of its keys, e.g. --config.{inside[0]}=VALUE")
+    raise ConfigError(f"config.{name}: unknown key{_nearest(name)}")
+
+
+def _assign(config: ConfigDict, name: str, value) -> None:
+    _check_type(name, value, type(KEYS[name].default))
+    *sections, last = name.split(".")
+    node = config
+    for section in sections:
+        node = node[section]
+    try:
+        node[last] = value
+    except (TypeError, ValueError, KeyError) as error:  # e.g. a reward's name with a dot in it
+        raise ConfigError(f"config.{name}={value!r}: {' '.join(str(error).split())}") from error
+
+
+def _literal(text: str, otherwise):
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError):
+            pass
+    return otherwise
+
+
+def _parse(name: str, text: str, kind: type):
+    if kind is str:
+        return text
+    if kind is bool:
+        value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower())
+    elif kind is tuple:
+        value = _literal(text, None)
+        if not isinstance(value, (list, tuple)):
+            value = text.split(",") if text else ()
+        value = tuple(value)
+    elif kind is dict:
+        value = _literal(text, None)
+    else:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+    if value is None:
+        _fail(name, text, f"must be {_TYPE_NAMES[kind]}")
+    return value

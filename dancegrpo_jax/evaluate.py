@@ -1,0 +1,57 @@
+"""Held-out evaluation: the ODE sampler, EMA weights, the same prompts and noise every time."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dancegrpo_jax.rollout import sample
+from dancegrpo_jax.sde import Schedule, deterministic
+
+
+@partial(jax.jit, static_argnames=("policy",))
+def decode(policy, frozen, latents):
+    """Final latents [B, ...] to images [B, H, W, 3] fp32 in [0, 1]."""
+    return policy.decode(frozen, latents)
+
+
+@partial(jax.jit, static_argnames=("policy",))
+def encode(policy, frozen, tokens):
+    """Token ids [P, L] to the conditioning pytree of [P, ...]."""
+    return policy.encode(frozen, tokens)
+
+
+def generate(policy, params, frozen, prompts: list[str], schedule: Schedule, *, batch: int, seed: int) -> np.ndarray:
+    """ODE samples, one per prompt: uint8 [N, H, W, 3]. Image i depends on its prompt, the seed and i, not on N.
+
+    Runs in batches of `batch` prompts (the last one is padded), so it compiles once.
+    """
+    schedule = deterministic(schedule)
+    images = []
+    for start in range(0, len(prompts), batch):
+        part = prompts[start:start + batch]
+        cond = encode(policy, frozen, policy.tokenize(part + part[-1:] * (batch - len(part))))
+        key = jax.random.fold_in(jax.random.key(seed), start // batch)
+        latents = sample(policy, params, frozen, cond, key, schedule)
+        images.append(decode(policy, frozen, latents)[:len(part)])
+    return np.concatenate([to_uint8(part) for part in images])
+
+
+def to_uint8(images) -> np.ndarray:
+    """Images in [0, 1] to uint8, rounded."""
+    return np.asarray(jnp.round(images * 255).astype(jnp.uint8))
+
+
+def evaluate(images: np.ndarray, prompts: list[str], rewards) -> dict[str, float]:
+    """Mean and standard error over images of every reward: {"<name>/mean", "<name>/stderr"}.
+
+    Args: images uint8 [N, H, W, 3]; rewards: a `rewards.RewardSet`. Invalid scores are left out.
+    """
+    scores = rewards.submit(images[:, None] / np.float32(255), prompts).result()
+    metrics = {}
+    for name, (values, ok) in scores.items():
+        valid = np.asarray(values)[np.asarray(ok)]
+        metrics[f"{name}/mean"] = float(valid.mean()) if valid.size else float("nan")
+        metrics[f"{name}/stderr"] = float(valid.std(ddof=1) / valid.size**0.5) if valid.size > 1 else float("nan")
+    return metrics

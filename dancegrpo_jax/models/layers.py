@@ -1,0 +1,250 @@
+"""Layers shared by every model.
+
+Conventions:
+
+* Attribute paths follow the diffusers / transformers key names, so conversion needs no per-model table
+  (`convert.py`): `kernel` is stored [in, out] (convolutions [kh, kw, in, out]), `scale` is a norm's weight.
+* Parameters are kept in their own dtype (fp32 masters) and cast to the dtype of the activations where they
+  are used: the dtype of a model's input decides the compute dtype. Norm statistics are always fp32.
+* Images and feature maps are channels-last, [B, H, W, C].
+* `Stack` holds n equal blocks as one block whose parameters have a leading layer axis, under the attribute
+  `stacked`, and applies them with `lax.scan`: one block is compiled, whatever the depth.
+
+`split` and `merge` are the one boundary between nnx and plain JAX: beyond it a model is a static `graphdef` and
+flat dicts `{"dotted.path": array}`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+Params = dict[str, jax.Array]
+
+
+class LoRAParam(nnx.Param):
+    """A low-rank adapter matrix; `split(model, LoRAParam)` separates adapters from base weights."""
+
+
+def split(model: nnx.Module, *filters) -> tuple:
+    """Splits a module into `(graphdef, params_1, ..., params_n)`, flat dicts keyed by dotted path.
+
+    `filters` are nnx filters, e.g. `split(model, LoRAParam, ...)`; without any, one dict holds everything.
+    Works on abstract modules (`nnx.eval_shape`) too: the leaves are then `jax.ShapeDtypeStruct`.
+    """
+    graphdef, *states = nnx.split(model, *filters)
+    return graphdef, *({".".join(map(str, path)): leaf for path, leaf in _flat(state)} for state in states)
+
+
+def merge(graphdef, *params: Params) -> nnx.Module:
+    """Rebuilds the module from `split`'s pieces. Cheap: called inside jitted functions."""
+    flat = {}
+    for group in params:
+        for name, leaf in group.items():
+            flat[tuple(int(key) if key.isdigit() else key for key in name.split("."))] = leaf
+    return nnx.merge(graphdef, nnx.State.from_flat_path(flat))
+
+
+def _flat(state) -> list:
+    return [(path, leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf) for path, leaf in state.flat_state()]
+
+
+class Linear(nnx.Module):
+    """y = x W + b, plus (x A) B * lora_scale once `lora.add_lora` has added the adapter A, B."""
+
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (in_features, out_features)))
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros(out_features))
+
+    def __call__(self, x):
+        y = x @ self.kernel[...].astype(x.dtype)
+        if hasattr(self, "lora_a"):
+            low_rank = x @ self.lora_a[...].astype(x.dtype)
+            y = y + low_rank @ self.lora_b[...].astype(x.dtype) * self.lora_scale
+        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+
+
+class Conv(nnx.Module):
+    """2-D convolution, [B, H, W, Cin] -> [B, H', W', Cout]. `padding` is one int or ((top, bottom), (left, right))."""
+
+    def __init__(self, in_features: int, out_features: int, kernel_size: int, *, stride: int = 1, padding=0,
+                 use_bias: bool = True, rngs: nnx.Rngs):
+        shape = (kernel_size, kernel_size, in_features, out_features)
+        self.kernel = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), shape))
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros(out_features))
+        self.stride = stride
+        self.padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+
+    def __call__(self, x):
+        y = jax.lax.conv_general_dilated(x, self.kernel[...].astype(x.dtype), (self.stride,) * 2, self.padding,
+                                         dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+
+
+class Embedding(nnx.Module):
+    """Rows of a table by integer index: int [...] -> [..., D]."""
+
+    def __init__(self, num_embeddings: int, features: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (num_embeddings, features)))
+
+    def __call__(self, index, dtype=jnp.float32):
+        return jnp.take(self.embedding[...], index, axis=0).astype(dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, in fp32; `affine=False` has no parameters."""
+
+    def __init__(self, features: int, *, eps: float, affine: bool = True):
+        self.eps = eps
+        if affine:
+            self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
+
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        if hasattr(self, "scale"):
+            y = y * self.scale[...] + self.bias[...]
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis, in fp32, with a learned scale."""
+
+    def __init__(self, features: int, *, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(features))
+
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation of [B, ..., C] over all positions and C / groups channels, in fp32."""
+
+    def __init__(self, groups: int, features: int, *, eps: float):
+        if features % groups:
+            raise ValueError(f"GroupNorm: {features} channels are not divisible into {groups} groups")
+        self.groups, self.eps = groups, eps
+        self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
+
+    def __call__(self, x):
+        y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
+        y = y - y.mean((1, 3), keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean((1, 3), keepdims=True) + self.eps)
+        return (y.reshape(x.shape) * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Stack(nnx.Module):
+    """n blocks `make(rngs)` with stacked parameters: `stacked.<path>` has shape [n, ...]."""
+
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], n: int, *, rngs: nnx.Rngs):
+        graphdef = split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))[0]
+        keys = jax.random.split(rngs.params(), n)
+        self.stacked = merge(graphdef, jax.vmap(lambda key: split(make(nnx.Rngs(key)))[1])(keys))
+
+    def __call__(self, carry: tuple, *args, remat: bool = True, collect: bool = False):
+        """Applies block after block: `carry = block(*carry, *args)`, each block recomputed in the backward pass.
+
+        `carry` is a tuple of arrays and each block returns the next one. With `collect` returns
+        `(carry, every)` where `every` holds the carries after each block, stacked on a leading axis.
+        """
+        graphdef, params = split(self.stacked)
+
+        def body(carry, layer):
+            carry = merge(graphdef, layer)(*carry, *args)
+            return carry, (carry if collect else None)
+
+        carry, every = jax.lax.scan(jax.checkpoint(body) if remat else body, carry, params)
+        return (carry, every) if collect else carry
+
+
+def timestep_embedding(t, dim: int, max_period: float = 10_000.0):
+    """Sinusoidal features [B, dim] in fp32 of times [B] (0..1000): [cos | sin], as `flip_sin_to_cos` with shift 0."""
+    half = dim // 2
+    # On the host, from the reference's fp32 exponents: one ulp of a device's exp would turn the angle by 1e-4.
+    exponent = np.float32(-np.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    angle = t.astype(jnp.float32)[:, None] * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Linear, SiLU, Linear: [B, in_features] -> [B, features] (also used for pooled text and guidance)."""
+
+    def __init__(self, in_features: int, features: int, *, rngs: nnx.Rngs):
+        self.linear_1 = Linear(in_features, features, rngs=rngs)
+        self.linear_2 = Linear(features, features, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+def gelu_erf(x):
+    """Exact GELU."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def quick_gelu(x):
+    """x sigmoid(1.702 x), OpenAI CLIP's activation."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+gelu_tanh = partial(jax.nn.gelu, approximate=True)
+ACTIVATIONS = {"gelu": gelu_erf, "quick_gelu": quick_gelu, "gelu_pytorch_tanh": gelu_tanh, "gelu_new": gelu_tanh,
+               "silu": jax.nn.silu}
+
+
+class Projection(nnx.Module):
+    """`proj` followed by GELU, or by a GEGLU gate (first half value, second half gate), diffusers' `net.0`."""
+
+    def __init__(self, in_features: int, hidden: int, activation: str, *, rngs: nnx.Rngs):
+        self.activation = activation
+        self.proj = Linear(in_features, 2 * hidden if activation == "geglu" else hidden, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.proj(x)
+        if self.activation == "geglu":
+            value, gate = jnp.split(x, 2, axis=-1)
+            return value * gelu_erf(gate)
+        return ACTIVATIONS[self.activation](x)
+
+
+class FeedForward(nnx.Module):
+    """diffusers' FeedForward: `net.0` projection with activation, `net.1` dropout (none here), `net.2` Linear."""
+
+    def __init__(self, features: int, *, activation: str, mult: int = 4, rngs: nnx.Rngs):
+        self.net = nnx.List([Projection(features, mult * features, activation, rngs=rngs), nnx.Module(),
+                             Linear(mult * features, features, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.net[2](self.net[0](x))
+
+
+def attention(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(d)) v with the softmax in fp32.
+
+    Args:
+      q: [B, Nq, heads, d]; k, v: [B, Nk, heads, d].
+      mask: optional bool, broadcastable to [B, heads, Nq, Nk]; False hides a key.
+    Returns: [B, Nq, heads * d] in q's dtype.
+    """
+    # Heads first, so that both products are plain batched matmuls: on CPUs the gradient is twice as fast.
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    out = jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v).swapaxes(1, 2)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def split_heads(x, heads: int):
+    """[B, N, heads * d] -> [B, N, heads, d]."""
+    return x.reshape(*x.shape[:2], heads, -1)

@@ -1,0 +1,161 @@
+"""The diffusion: noise schedules and one transition kernel p(x_next | x), shared by sampling and by scoring.
+
+Both paradigms are written with one noise level `sigma`, the coefficient of the noise in
+`x = alpha(sigma) x0 + sigma eps`:
+
+* rectified flow ("velocity" prediction): alpha = 1 - sigma;
+* diffusion, variance preserving ("epsilon", "v_prediction", "sample"): alpha = sqrt(1 - sigma^2), so that
+  sigma = sqrt(1 - alphas_cumprod) of a DDPM schedule.
+
+Whatever the network predicts is first turned into (x0, eps); the score is -eps / sigma in both paradigms. All
+arithmetic is float32.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+FLOW_KERNELS = ("dance", "flow", "cps")
+DIFFUSION_KERNELS = ("ddim", "sde")
+PREDICTIONS = ("velocity", "epsilon", "v_prediction", "sample")
+
+
+class Schedule(NamedTuple):
+    """Noise levels of a sampler with T steps; plain arrays, so that changing them never recompiles.
+
+    times: [T] fp32, the network's time input at each step, in 0..1000.
+    sigmas: [T+1] fp32, decreasing noise levels; step i goes from sigmas[i] to sigmas[i+1].
+    stochastic: [T] bool, True where the step draws noise (SDE), False where it is deterministic (ODE).
+    """
+
+    times: np.ndarray
+    sigmas: np.ndarray
+    stochastic: np.ndarray
+
+
+def flow_schedule(steps: int, shift: float = 1.0) -> Schedule:
+    """Rectified-flow schedule: linspace(1, 0, T+1) warped by shift * s / (1 + (shift - 1) s), time = 1000 sigma.
+
+    The last step is deterministic: it lands on the predicted x0, which is what gets decoded (DanceGRPO, FLUX).
+    """
+    s = np.linspace(1.0, 0.0, steps + 1, dtype=np.float32)
+    sigmas = (np.float32(shift) * s / (1 + np.float32(shift - 1) * s)).astype(np.float32)
+    return Schedule(1000 * sigmas[:-1], sigmas, np.arange(steps) < steps - 1)
+
+
+def ddim_schedule(steps: int, *, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,
+                  beta_schedule: str = "scaled_linear", steps_offset: int = 1, set_alpha_to_one: bool = False) -> Schedule:
+    """DDIM schedule ("leading" spacing) of a DDPM-trained checkpoint; arguments as in its scheduler_config.json.
+
+    Every step is stochastic: Stable Diffusion decodes the last sample itself.
+    """
+    if beta_schedule == "scaled_linear":
+        betas = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=np.float32) ** 2
+    elif beta_schedule == "linear":
+        betas = np.linspace(beta_start, beta_end, num_train_timesteps, dtype=np.float32)
+    else:
+        raise ValueError(f"beta_schedule {beta_schedule!r} is not supported; use 'scaled_linear' or 'linear'")
+    alphas_cumprod = np.cumprod(1 - betas, dtype=np.float32)
+    stride = num_train_timesteps // steps
+    times = (np.arange(steps) * stride)[::-1] + steps_offset
+    final = np.float32(1.0) if set_alpha_to_one else alphas_cumprod[0]
+    previous = times - stride
+    after = np.where(previous >= 0, alphas_cumprod[np.maximum(previous, 0)], final)
+    sigmas = np.sqrt(1 - np.append(alphas_cumprod[times[:1]], after)).astype(np.float32)
+    return Schedule(times.astype(np.float32), sigmas, np.ones(steps, bool))
+
+
+def window(schedule: Schedule, start: int, size: int) -> Schedule:
+    """Keeps noise only in steps [start, start + size): the mixed ODE-SDE sampler of MixGRPO."""
+    step = np.arange(len(schedule.times))
+    return schedule._replace(stochastic=schedule.stochastic & (step >= start) & (step < start + size))
+
+
+def deterministic(schedule: Schedule) -> Schedule:
+    """The same schedule without noise: the probability-flow ODE (Euler for flow, DDIM with eta 0 for diffusion)."""
+    return schedule._replace(stochastic=np.zeros_like(schedule.stochastic))
+
+
+def alpha(prediction: str, sigma):
+    """Signal coefficient at noise level sigma."""
+    return 1 - sigma if prediction == "velocity" else jnp.sqrt(jnp.maximum(1 - jnp.square(sigma), 0))
+
+
+def denoise(prediction: str, output, x, sigma):
+    """Turns a network output into (x0, eps).
+
+    Args:
+      prediction: one of PREDICTIONS.
+      output, x: [B, ...]; sigma: broadcastable to x.
+    """
+    a = alpha(prediction, sigma)
+    if prediction == "velocity":  # v = eps - x0
+        return x - sigma * output, x + a * output
+    if prediction == "epsilon":
+        return (x - sigma * output) / a, output
+    if prediction == "v_prediction":  # v = alpha eps - sigma x0
+        return a * x - sigma * output, a * output + sigma * x
+    if prediction == "sample":
+        return output, (x - a * output) / sigma
+    raise ValueError(f"prediction {prediction!r} is not one of {PREDICTIONS}")
+
+
+def transition(kernel: str, prediction: str, eta: float, output, x, sigma, sigma_next, stochastic):
+    """Mean and standard deviation of the Gaussian p(x_next | x), given the network's output.
+
+    Kernels for rectified flow (dt = sigma_next - sigma < 0, dz = (v - g^2/2 score) dt + g dw):
+      dance  g = eta (DanceGRPO eq. 7; 0.3 for FLUX)
+      flow   g = eta sqrt(sigma / (1 - sigma)), at sigma = 1 with the next level under the root (Flow-GRPO; 0.7)
+      cps    std = sigma_next sin(eta pi/2), the noise level is kept exactly (coefficient-preserving sampling)
+    Kernels for diffusion:
+      ddim   DDIM with eta (Song et al. 2021, eq. 16; 1.0 for Stable Diffusion)
+      sde    dz = (f z - (1 + eta^2)/2 g^2 score) dt + eta g dw (DanceGRPO eq. 6), one Euler step in log alpha
+    Where `stochastic` is False the step is the ODE's, with std 0.
+
+    Args:
+      eta: noise strength, as above.
+      output, x: [B, ...] fp32.
+      sigma, sigma_next, stochastic: scalars or [B].
+    Returns: (mean [B, ...], std [B, 1, ...]), fp32.
+    """
+    def column(value):
+        value = jnp.asarray(value)
+        return jnp.broadcast_to(value, x.shape[:1]).reshape(-1, *(1,) * (x.ndim - 1))
+
+    output, x = output.astype(jnp.float32), x.astype(jnp.float32)
+    sigma, sigma_next, stochastic = column(sigma), column(sigma_next), column(stochastic)
+    x0, eps = denoise(prediction, output, x, sigma)
+    a, a_next = alpha(prediction, sigma), alpha(prediction, sigma_next)
+    ode = a_next * x0 + sigma_next * eps
+    dt = sigma_next - sigma
+
+    if kernel in ("dance", "flow"):
+        g2 = eta**2
+        if kernel == "flow":
+            g2 = g2 * sigma / (1 - jnp.where(sigma == 1, sigma_next, sigma))
+        std = jnp.sqrt(g2 * -dt)
+        mean = ode + 0.5 * g2 * dt * eps / sigma
+    elif kernel in ("cps", "ddim"):
+        if kernel == "cps":
+            std = sigma_next * np.float32(np.sin(0.5 * np.pi * eta))
+        else:
+            std = eta * sigma_next / sigma * jnp.sqrt(jnp.maximum(1 - jnp.square(a / a_next), 0))
+        mean = a_next * x0 + jnp.sqrt(jnp.maximum(jnp.square(sigma_next) - jnp.square(std), 0)) * eps
+    elif kernel == "sde":
+        h = jnp.log(a_next / a)  # integral of f dt; for a variance-preserving process g^2 |dt| = 2 h
+        std = eta * jnp.sqrt(2 * h)
+        mean = x + h * x - (1 + eta**2) * h * eps / sigma
+    else:
+        raise ValueError(f"kernel {kernel!r} is not one of {FLOW_KERNELS + DIFFUSION_KERNELS}")
+    return jnp.where(stochastic, mean, ode), jnp.where(stochastic, std, 0.0)
+
+
+def gaussian_log_prob(x_next, mean, std):
+    """log N(x_next; mean, std^2), averaged over the latent dimensions: [B] fp32; 0 where std is 0 (ODE steps).
+
+    The average (not the sum) is what DanceGRPO's clip range of 1e-4 refers to.
+    """
+    safe = jnp.where(std > 0, std, 1.0)
+    log_prob = -0.5 * jnp.square((x_next - mean) / safe) - jnp.log(safe) - 0.5 * np.log(2 * np.pi)
+    return jnp.where(std > 0, log_prob, 0.0).mean(axis=tuple(range(1, x_next.ndim)))

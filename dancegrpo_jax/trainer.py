@@ -1,0 +1,206 @@
+"""The loop, read top to bottom: prompts -> rollout -> decode -> rewards -> advantages -> update -> log, checkpoint."""
+
+import logging
+import math
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dancegrpo_jax import data, grpo, sharding
+from dancegrpo_jax.checkpoint import Checkpointer, PreemptionGuard
+from dancegrpo_jax.config import trained_steps, validate
+from dancegrpo_jax.evaluate import decode, encode, evaluate, generate, to_uint8
+from dancegrpo_jax.metrics import MetricWriter, Progress, StepTimer, image_grid, start_run_dir
+from dancegrpo_jax.models.base import make_policy
+from dancegrpo_jax.report import write_report
+from dancegrpo_jax.rewards.base import RewardSet
+from dancegrpo_jax.rollout import Trajectory, rollout
+from dancegrpo_jax.sde import window
+from dancegrpo_jax.update import Objective, init_state, make_examples, make_optimizer, update
+
+log = logging.getLogger(__name__)
+
+
+def train(config) -> dict:
+    """Runs, or resumes, the training run in `config.run_dir`; returns its last metrics.
+
+    Raises: ConfigError, CheckpointError or ValueError for bad input, before any compute is spent.
+    """
+    validate(config, jax.device_count())
+    mesh = sharding.make_mesh(**config.mesh)
+    with jax.set_mesh(mesh), PreemptionGuard() as preemption:
+        return _train(config, mesh, preemption)
+
+
+def _train(config, mesh, preemption) -> dict:
+    # ---------------------------------------------------------------- prompts, rewards, model, optimizer
+    place = partial(sharding.place_params, mesh=mesh)
+    prompt_batches = data.prompt_batches(data.read_prompts(config.data.train), config.data.prompts_per_step, config.seed)
+    heldout = data.read_prompts(config.data.heldout)[:config.eval.num_prompts]
+    rewards = RewardSet(config.rewards.to_dict(), place=place)
+    eval_rewards = RewardSet(config.eval.rewards.to_dict(), place=place) if config.eval.rewards else rewards
+    policy = make_policy(
+        config.model.policy, config.model.folder, kernel=config.sampler.kernel, eta=config.sampler.eta,
+        height=config.model.height, width=config.model.width, dtype=config.model.dtype, remat=config.model.remat,
+        guidance_scale=config.model.guidance_scale, embedded_guidance=config.model.embedded_guidance)
+    lora = config.model.lora.to_dict() if config.model.lora.rank else None
+    run_dir = start_run_dir(config.run_dir, config)
+    trainable, frozen = policy.load(lora, config.seed)
+    trainable, frozen = place(trainable), place(frozen)
+    schedule = policy.schedule(config.sampler.steps, config.sampler.shift)
+    eval_schedule = policy.schedule(config.sampler.eval_steps, config.sampler.shift)
+    tx = make_optimizer(config.optim)
+    objective = Objective(config.grpo.clip_range, config.grpo.kl_beta, config.optim.ema_decay)
+    state = init_state(trainable, tx=tx, with_ema=bool(config.optim.ema_decay))
+    reference = {}
+    if config.grpo.kl_beta:  # LoRA: adapters off; full fine-tuning: the base weights
+        reference = jax.tree.map(jnp.zeros_like, trainable) if lora else trainable
+    del trainable
+
+    # ---------------------------------------------------------------- resume
+    checkpoints = Checkpointer(run_dir / "checkpoints", keep=config.checkpoint.keep)
+    start, restored = 0, checkpoints.restore_latest(jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state))
+    if restored:
+        start, state, _ = restored
+        log.info("resuming %s after iteration %d", run_dir, start)
+    writer = MetricWriter(run_dir, config.log.tensorboard, config.log.wandb, resume_step=start if restored else None)
+    progress = Progress(config.steps, start)
+    key = jax.random.key(config.seed)
+    chunk = config.data.prompts_per_step // config.data.chunks
+    group = config.data.group_size
+    trained_group = config.grpo.best_of or group
+
+    def evaluate_and_show(step: int, name: str | None = None) -> dict:
+        generate_now = partial(generate, policy, state.eval_params, frozen, schedule=eval_schedule,
+                               batch=config.eval.batch, seed=config.seed)
+        scalars = evaluate(generate_now(heldout), heldout, eval_rewards)
+        writer.scalars(step, {f"eval/{key}": value for key, value in scalars.items()})
+        progress.note(step, "held-out  " + "  ".join(f"{key} {value:.4f}" for key, value in scalars.items()))
+        if name:  # the same prompts and noise, before and after
+            shown, columns = heldout[:config.log.prompts_in_grid], 6
+            images = generate_now([prompt for prompt in shown for _ in range(columns)])
+            images = images.reshape(len(shown), columns, *images.shape[1:])
+            scores = combined_score(eval_rewards, eval_rewards.submit(images / np.float32(255), shown).result())
+            grid = image_grid(images, shown, scores)
+            grid.save(run_dir / f"{name}.png")
+            writer.images(step, f"eval/{name}", grid)
+        return scalars
+
+    if start == 0:
+        evaluate_and_show(0, "before")
+
+    # ---------------------------------------------------------------- the loop
+    for iteration in range(start, config.steps):
+        timer = StepTimer()
+        key_step = jax.random.fold_in(key, iteration)
+        prompts = prompt_batches[iteration]
+        plan = schedule
+        if config.sampler.window:
+            moves = iteration // config.sampler.window_interval * config.sampler.window_stride
+            plan = window(schedule, moves % (config.sampler.steps - config.sampler.window), config.sampler.window)
+
+        # Chunks are dispatched without waiting: host rewards of one are computed while the device samples the next.
+        conds, trajectories, images, pending = [], [], [], []
+        for i in range(config.data.chunks):
+            part = prompts[i * chunk:(i + 1) * chunk]
+            cond = encode(policy, frozen, sharding.shard_batch(policy.tokenize(part), mesh))
+            trajectory = rollout(policy, state.trainable, frozen, cond, jax.random.fold_in(key_step, i), plan,
+                                 group_size=group, shared_noise=config.sampler.shared_noise)
+            pixels = decode(policy, frozen, trajectory.latents[-1])
+            pixels = pixels.reshape(chunk, group, *pixels.shape[1:])
+            pending.append(rewards.submit(pixels, part))
+            conds.append(cond), trajectories.append(trajectory), images.append(pixels)
+        timer.wait("rollout", trajectories)
+        timer.wait("decode", images)
+        scores = merge_chunks([handle.result() for handle in pending])
+        timer.lap("reward")
+
+        trajectory = concatenate(trajectories, axis=1)
+        advantage, chosen, time_index, scalars = select(
+            jax.random.fold_in(key_step, config.data.chunks), scores, plan.stochastic,
+            weights=tuple(rewards.weights.items()), combine=config.combine, clip=config.grpo.advantage_clip,
+            k=trained_group, steps=trained_steps(config))
+        examples = make_examples(trajectory, plan, concatenate(conds), advantage, chosen, time_index,
+                                 updates=config.grpo.updates_per_rollout, microbatch=config.grpo.microbatch)
+        per_update = []
+        for i in range(config.grpo.updates_per_rollout):
+            state, diagnostics = update(policy, tx, objective, state, frozen, reference, examples, i)
+            per_update.append(diagnostics)
+        timer.wait("update", state.trainable)
+
+        # ------------------------------------------------------------ log, evaluate, checkpoint
+        step = iteration + 1
+        scalars = {key: float(value) for key, value in jax.device_get(scalars).items()}
+        scalars |= summarize(jax.device_get(per_update))
+        scalars["compiles/rollout"], scalars["compiles/update"] = rollout._cache_size(), update._cache_size()
+        record = {f"train/{key}": value for key, value in scalars.items()} | timer.scalars()
+        record["perf/samples_per_second"] = config.data.prompts_per_step * group / record["time/total"]
+        writer.scalars(step, record)
+        progress.update(step, record)
+        if not math.isfinite(scalars["loss"]) or not math.isfinite(scalars["grad_norm"]):
+            raise FloatingPointError(f"iteration {step}: loss {scalars['loss']}, grad norm {scalars['grad_norm']}; lower "
+                                     "optim.learning_rate or set optim.grad_clip, and run again to resume before it")
+        if config.log.images_every and step % config.log.images_every == 0:
+            shown = slice(0, min(chunk, config.log.prompts_in_grid))
+            grid = image_grid(to_uint8(images[0][shown, :8]), prompts[shown],
+                              combined_score(rewards, {n: (v[shown, :8], ok) for n, (v, ok) in scores.items()}))
+            writer.images(step, "train/samples", grid)
+        if config.eval.every and step % config.eval.every == 0 and step < config.steps:
+            evaluate_and_show(step)
+        stop = preemption.reached(step)
+        if stop or step == config.steps or step % config.checkpoint.every == 0:
+            checkpoints.save(step, state, {"seed": config.seed})
+        if stop:
+            progress.note(step, "stop requested: checkpoint written; run the same command to resume")
+            break
+    else:
+        if start < config.steps or not (run_dir / "after.png").exists():
+            evaluate_and_show(config.steps, "after")
+    checkpoints.close()
+    writer.close()
+    path = write_report(run_dir)
+    progress.note(config.steps, f"report: {path}")
+    return writer.last
+
+
+@partial(jax.jit, static_argnames=("weights", "combine", "clip", "k", "steps"))
+def select(key, scores, eligible, *, weights, combine, clip, k, steps):
+    """From rewards to what is trained: (advantage [P, G], chosen [P, k], time_index [P * k, K], scalars)."""
+    advantage = grpo.combine_advantages(scores, dict(weights), combine)
+    advantage = jnp.clip(advantage, -clip, clip)
+    chosen = grpo.best_of(advantage, k) if k < advantage.shape[1] else jnp.tile(jnp.arange(k), (len(advantage), 1))
+    # The last transition is never trained (DanceGRPO section 3; for flow models it is deterministic anyway).
+    eligible = jnp.asarray(eligible).at[-1].set(False)
+    time_index = grpo.choose_timesteps(key, chosen.size, eligible, steps)
+    scalars = grpo.reward_diagnostics(scores) | {
+        "advantage/mean": advantage.mean(), "advantage/std": advantage.std(), "advantage/abs_max": jnp.abs(advantage).max()}
+    return advantage, chosen, time_index, scalars
+
+
+@partial(jax.jit, static_argnames=("axis",))
+def concatenate(trees, axis: int = 0):
+    """Joins the chunks of a rollout along one axis."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis), *trees)
+
+
+def merge_chunks(chunks: list[dict]) -> dict:
+    """Joins the scores of rollout chunks: {name: (values [P, G], ok [P, G])}, on the host."""
+    return {name: tuple(np.concatenate([np.asarray(chunk[name][i]) for chunk in chunks]) for i in (0, 1))
+            for name in chunks[0]}
+
+
+def combined_score(rewards: RewardSet, scores: dict) -> np.ndarray:
+    """The weighted sum of rewards [P, G], for display only."""
+    return sum(rewards.weights.get(name, 1.0) * np.asarray(values) for name, (values, _) in scores.items())
+
+
+def summarize(per_update: list[dict]) -> dict[str, float]:
+    """Scalars of an iteration: means over its updates, extreme ratios, and the first update's ratio apart."""
+    mean = {key: float(np.mean([metrics[key] for metrics in per_update])) for key in per_update[0]}
+    mean["ratio/min"] = float(min(metrics["ratio/min"] for metrics in per_update))
+    mean["ratio/max"] = float(max(metrics["ratio/max"] for metrics in per_update))
+    return mean | {f"ratio_first/{key}": float(per_update[0][f"ratio/{key}"]) for key in ("mean", "min", "max")}

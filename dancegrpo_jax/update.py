@@ -1,0 +1,150 @@
+"""The learner: training pairs from a trajectory, gradient accumulation in one `lax.scan`, optimizer, EMA."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dancegrpo_jax.grpo import clipped_objective, ratio_diagnostics
+from dancegrpo_jax.rollout import Trajectory, step
+from dancegrpo_jax.sde import Schedule, gaussian_log_prob
+from dancegrpo_jax.sharding import batch_devices, constrain_batch, constrain_params
+
+
+class TrainState(NamedTuple):
+    """Everything that changes while training, and all that a checkpoint holds."""
+
+    step: jax.Array  # int32, optimizer updates done
+    trainable: dict  # fp32 master weights
+    opt_state: Any
+    ema: dict | None  # moving average of `trainable`, None if off
+
+    @property
+    def eval_params(self) -> dict:
+        """The weights to evaluate and to export."""
+        return self.trainable if self.ema is None else self.ema
+
+
+class Examples(NamedTuple):
+    """(sample, timestep) pairs, each leaf [updates, micro-batches, M, ...]."""
+
+    x: jax.Array
+    x_next: jax.Array
+    time: jax.Array
+    sigma: jax.Array
+    sigma_next: jax.Array
+    log_prob: jax.Array
+    advantage: jax.Array
+    cond: dict
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Static settings of the loss. kl_beta > 0 adds a KL penalty to the reference weights."""
+
+    clip_range: float = 1e-4
+    kl_beta: float = 0.0
+    ema_decay: float = 0.0
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+    """AdamW from `config.optim`: global-norm clipping if grad_clip > 0, linear warm-up to a constant learning rate."""
+    rate = config.learning_rate
+    if config.warmup_steps:
+        rate = optax.linear_schedule(0, rate, config.warmup_steps)
+    adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw) if config.grad_clip else adamw
+
+
+@partial(jax.jit, static_argnames=("tx", "with_ema"))
+def init_state(trainable: dict, *, tx: optax.GradientTransformation, with_ema: bool) -> TrainState:
+    """A fresh state of copies (the update donates its buffers, which must alias nothing), sharded by the rules."""
+    ema = jax.tree.map(jnp.copy, trainable) if with_ema else None
+    return constrain_params(TrainState(jnp.int32(0), jax.tree.map(jnp.copy, trainable), tx.init(trainable), ema))
+
+
+@partial(jax.jit, static_argnames=("updates", "microbatch"))
+def make_examples(trajectory: Trajectory, schedule: Schedule, cond: dict, advantage, chosen, time_index, *,
+                  updates: int, microbatch: int) -> Examples:
+    """Gathers the pairs to train on and lays them out for accumulation.
+
+    Each device keeps the pairs of its own samples: micro-batches take an equal part from every device.
+
+    Args:
+      trajectory: of B = P * G samples. cond: pytree of [P, ...]. advantage: [P, G], already clipped.
+      chosen: int [P, k], samples of each prompt that are trained. time_index: int [P * k, K], steps trained.
+      updates: optimizer updates the pairs are split into. microbatch: pairs per accumulation step (M).
+    """
+    prompts, k = chosen.shape
+    group = advantage.shape[1]
+    rows = prompts * k
+
+    def of_chosen(a):  # [P, G, ...] -> [P * k, ...]
+        index = chosen.reshape(prompts, k, *(1,) * (a.ndim - 2))
+        return jnp.take_along_axis(a, index, axis=1).reshape(rows, *a.shape[2:])
+
+    def at_times(a, offset=0):  # [T(+1), B, ...] -> [P * k, K, ...]
+        a = of_chosen(jnp.moveaxis(a, 0, 1).reshape(prompts, group, a.shape[0], *a.shape[2:]))
+        return jnp.take_along_axis(a, (time_index + offset).reshape(*time_index.shape, *(1,) * (a.ndim - 2)), axis=1)
+
+    def per_pair(a):  # [P * k, ...] -> [P * k, K, ...]
+        return jnp.broadcast_to(a[:, None], (rows, time_index.shape[1], *a.shape[1:]))
+
+    sigmas = jnp.asarray(schedule.sigmas)
+    pairs = Examples(
+        x=at_times(trajectory.latents), x_next=at_times(trajectory.latents, 1),
+        time=jnp.asarray(schedule.times)[time_index], sigma=sigmas[time_index], sigma_next=sigmas[time_index + 1],
+        log_prob=at_times(trajectory.log_probs), advantage=per_pair(of_chosen(advantage)),
+        cond=jax.tree.map(lambda c: per_pair(jnp.repeat(c, k, axis=0)), cond))
+    devices = batch_devices()
+
+    def lay_out(a):  # [P * k, K, ...] -> [U, n, M, ...], without moving data between devices
+        a = a.reshape(devices, updates, -1, microbatch // devices, *a.shape[2:])
+        return jnp.moveaxis(a, 0, 2).reshape(updates, -1, microbatch, *a.shape[4:])
+    return constrain_batch(jax.tree.map(lay_out, pairs), axis=2)
+
+
+def loss_fn(policy, objective: Objective, trainable, frozen, reference, batch: Examples):
+    """The GRPO loss of one micro-batch of M pairs: (mean loss, per-pair diagnostics).
+
+    With kl_beta, adds kl_beta * mean((mean - mean_ref)^2) / (2 std^2), the KL divergence between the two transition
+    kernels per latent dimension; `reference` holds base weights in place of `trainable`.
+    """
+    args = (frozen, batch.cond, batch.x, batch.time, batch.sigma, batch.sigma_next, True)
+    mean, std = step(policy, trainable, *args)
+    log_prob = gaussian_log_prob(batch.x_next, mean, std)
+    loss, ratio = clipped_objective(log_prob, batch.log_prob, batch.advantage, objective.clip_range)
+    kl = jnp.zeros_like(loss)
+    if objective.kl_beta:
+        mean_ref, _ = step(policy, reference, *args)
+        kl = (jnp.square(mean - jax.lax.stop_gradient(mean_ref)) / (2 * jnp.square(std))).mean(range(1, mean.ndim))
+        loss = loss + objective.kl_beta * kl
+    return loss.mean(), {"loss": loss, "ratio": ratio, "kl_base": kl}
+
+
+@partial(jax.jit, static_argnames=("policy", "tx", "objective"), donate_argnames=("state",))
+def update(policy, tx, objective: Objective, state: TrainState, frozen, reference, examples: Examples, index):
+    """One optimizer update from `examples[index]`, accumulated over its micro-batches.
+
+    Returns: (new state, scalar metrics). The old state's buffers are donated.
+    """
+    examples = jax.tree.map(lambda a: a[index], examples)
+    count = examples.advantage.shape[0]
+    gradient = jax.value_and_grad(loss_fn, argnums=2, has_aux=True)
+
+    def accumulate(total, batch):
+        (_, aux), grads = gradient(policy, objective, state.trainable, frozen, reference, constrain_batch(batch))
+        return constrain_params(jax.tree.map(lambda t, g: t + g / count, total, grads)), aux
+
+    zeros = constrain_params(jax.tree.map(jnp.zeros_like, state.trainable))
+    grads, pairs = jax.lax.scan(accumulate, zeros, examples)
+    updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+    trainable, ema = optax.apply_updates(state.trainable, updates), state.ema
+    if ema is not None:
+        ema = jax.tree.map(lambda e, p: objective.ema_decay * e + (1 - objective.ema_decay) * p, ema, trainable)
+    metrics = ratio_diagnostics(pairs["ratio"], examples.advantage, objective.clip_range)
+    metrics |= {"loss": pairs["loss"].mean(), "kl_base": pairs["kl_base"].mean(), "grad_norm": optax.global_norm(grads)}
+    return constrain_params(TrainState(state.step + 1, trainable, opt_state, ema)), metrics

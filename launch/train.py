@@ -1,0 +1,30 @@
+"""Trains a policy by GRPO: `python launch/train.py --config=configs/shapes_flow.py [--config.a.b=value ...]`.
+
+Running the same command again resumes from the newest checkpoint. Ctrl-C or SIGTERM saves and exits.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def main(argv: list[str]) -> int:
+    from dancegrpo_jax.config import load
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("dancegrpo_jax").setLevel(logging.INFO)
+    try:
+        config = load(argv)
+        from dancegrpo_jax.trainer import train  # after the config: errors and --help come without importing jax
+
+        train(config)
+    except (ValueError, FloatingPointError) as error:  # ConfigError and CheckpointError are ValueErrors
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,50 @@
+"""Two tiny policies with the attributes that the algorithm uses of `models.base.Policy`."""
+
+import jax.numpy as jnp
+import numpy as np
+
+import oracle
+
+
+class GaussianPolicy:
+    """The exact denoiser of data x0 ~ N(cond["mean"], cond["std"]^2), both [B, *latent_shape]; it has no parameters."""
+
+    def __init__(self, kernel, prediction, eta, schedule, latent_shape):
+        self.kernel, self.prediction, self.eta, self.latent_shape = kernel, prediction, eta, latent_shape
+        self.times, self.sigmas = np.asarray(schedule.times), np.asarray(schedule.sigmas, np.float64)[:-1]
+
+    def predict(self, trainable, frozen, x, time, cond):
+        step = jnp.abs(time[:, None] - self.times).argmin(1)
+        column = (-1, *(1,) * len(self.latent_shape))
+        sigma = jnp.asarray(self.sigmas, jnp.float32)[step].reshape(column)
+        alpha = jnp.asarray(oracle.signal(self.prediction, self.sigmas), jnp.float32)[step].reshape(column)
+        return oracle.gaussian_output(self.prediction, x, sigma, alpha, cond["mean"], cond["std"])
+
+
+class MLPPolicy:
+    """A two-layer network on [x, time features, cond["text"]]; its parameter names match the sharding rules."""
+
+    latent_shape = (2, 2, 3)
+    text, hidden = 5, 32
+
+    def __init__(self, kernel="dance", prediction="velocity", eta=0.3):
+        self.kernel, self.prediction, self.eta = kernel, prediction, eta
+
+    def init(self, seed=0, dtype=np.float32):
+        """(trainable, frozen): host arrays."""
+        rng = np.random.default_rng(seed)
+        size = int(np.prod(self.latent_shape))
+        shapes = {"fc1.kernel": (size + 3 + self.text, self.hidden), "fc1.bias": (self.hidden,),
+                  "fc2.kernel": (self.hidden, size), "fc2.bias": (size,)}
+        trainable = {name: (rng.standard_normal(shape) / shape[0]**0.5).astype(dtype) for name, shape in shapes.items()}
+        return trainable, {"scale": np.asarray(0.9, dtype)}
+
+    def cond(self, prompts, seed=0):
+        return {"text": np.random.default_rng(seed).standard_normal((prompts, self.text), dtype=np.float32)}
+
+    def predict(self, trainable, frozen, x, time, cond):
+        xp = np if isinstance(x, np.ndarray) else jnp
+        t = time[:, None] / 1000
+        inputs = xp.concatenate([x.reshape(len(x), -1), t, xp.sin(9 * t), xp.cos(9 * t), cond["text"]], axis=1)
+        hidden = xp.tanh(inputs @ trainable["fc1.kernel"] + trainable["fc1.bias"])
+        return (frozen["scale"] * (hidden @ trainable["fc2.kernel"] + trainable["fc2.bias"])).reshape(x.shape)
