@@ -40,7 +40,7 @@ def combine_advantages(rewards: dict, weights: dict, how: str = "advantages"):
         return group_advantages(total, every)
     advantage = sum(weights[name] * group_advantages(values, ok) for name, (values, ok) in rewards.items())
     if how == "gdpo":
-        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        advantage = advantage / (advantage.std() + 1e-8)  # its mean is 0, and samples at exactly 0 stay there
     return advantage
 
 

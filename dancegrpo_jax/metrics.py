@@ -207,9 +207,15 @@ class _TensorBoard:
     blocks the caller for ever."""
 
     def __init__(self, folder: Path, after: int):
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        # tensorboardX imports torch where it is installed, for seconds and in vain; None makes that import fail.
+        hidden = "torch" not in sys.modules and sys.modules.setdefault("torch", None) is None
+        try:
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+        finally:
+            if hidden:
+                del sys.modules["torch"]
         folder.mkdir(parents=True, exist_ok=True)
         self.summary, self.event = summary, Event
         self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{uuid.uuid4().hex[:6]}")

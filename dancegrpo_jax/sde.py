@@ -129,6 +129,7 @@ def transition(kernel: str, prediction: str, eta: float, output, x, sigma, sigma
     a, a_next = alpha(prediction, sigma), alpha(prediction, sigma_next)
     ode = a_next * x0 + sigma_next * eps
     dt = sigma_next - sigma
+    gain = -dt * (sigma + sigma_next)  # a_next^2 - a^2 of diffusion, without the cancellation of the difference
 
     if kernel in ("dance", "flow"):
         g2 = eta**2
@@ -140,10 +141,10 @@ def transition(kernel: str, prediction: str, eta: float, output, x, sigma, sigma
         if kernel == "cps":
             std = sigma_next * np.float32(np.sin(0.5 * np.pi * eta))
         else:
-            std = eta * sigma_next / sigma * jnp.sqrt(jnp.maximum(1 - jnp.square(a / a_next), 0))
+            std = eta * sigma_next / sigma * jnp.sqrt(gain) / a_next
         mean = a_next * x0 + jnp.sqrt(jnp.maximum(jnp.square(sigma_next) - jnp.square(std), 0)) * eps
     elif kernel == "sde":
-        h = jnp.log(a_next / a)  # integral of f dt; for a variance-preserving process g^2 |dt| = 2 h
+        h = 0.5 * jnp.log1p(gain / jnp.square(a))  # integral of f dt = log(a_next / a); here g^2 |dt| = 2 h
         std = eta * jnp.sqrt(2 * h)
         mean = x + h * x - (1 + eta**2) * h * eps / sigma
     else:

@@ -201,7 +201,8 @@ def train_base(paradigm: str, out: Path, root: Path, steps: int, seed: int, nois
     text_graph, text = split(clip_model.text_model)
     config, model_class, name = ((FLUX, flux.FluxTransformer2DModel, "transformer") if paradigm == "flow"
                                  else (UNET, unet.UNet2DConditionModel, "unet"))
-    graphdef, params = split(model_class(config, rngs=nnx.Rngs(seed)))
+    exists = (out / name / "config.json").exists()
+    graphdef, params = split(load_model(model_class, out / name) if exists else model_class(config, rngs=nnx.Rngs(seed)))
     captions, index = np.unique(ids, axis=0, return_inverse=True)
     hidden, pooled = (np.asarray(x) for x in jax.jit(lambda p, i: merge(text_graph, p)(i))(text, captions))
     index = index.reshape(-1)
@@ -268,16 +269,18 @@ def main():
                         choices=["clip", "vae", "flow", "diffusion"], help="what to make, in this order")
     parser.add_argument("--steps", type=int, help="training steps (defaults: clip 2000, vae 2500, flow 3600, diffusion 2800)")
     parser.add_argument("--scenes", type=int, default=120_000, help="scenes of the base models' training set")
-    parser.add_argument("--caption_noise", type=float, default=0.35, help="probability that an attribute word is wrong")
+    parser.add_argument("--caption_noise", type=float, default=0.2, help="probability that an attribute word is wrong")
+    parser.add_argument("--resume", action="store_true", help="train the base models' existing weights further, with a "
+                        "fresh optimizer, instead of skipping the stage")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for stage in args.stages:
         out, log = args.out / stage, Log(args.out / f"{stage}.log")
-        if (out / "config.json").exists() or (out / "model_index.json").exists():
+        if (out / "config.json").exists() or (out / "model_index.json").exists() and not args.resume:
             log(f"{out} exists, skipped")
             continue
-        log(f"{stage}: seed {args.seed}, jax {jax.__version__}, {os.cpu_count()} cores")
+        log(f"{stage}: seed {args.seed}, steps {args.steps or 'default'}, caption noise {args.caption_noise}, jax {jax.__version__}, {os.cpu_count()} cores")
         if stage == "clip":
             train_clip(out, args.steps or 2000, args.seed, log)
         elif stage == "vae":

@@ -4,17 +4,15 @@ import numpy as np
 
 
 def transition(kernel, prediction, eta, output, x, sigma, sigma_next, stochastic=True):
-    """(mean, std) of p(x_next | x), each formula as its source writes it."""
+    """(mean, std) of p(x_next | x), each formula as its source writes it; all arguments broadcast."""
     output, x, sigma, sigma_next = (np.asarray(a, np.float64) for a in (output, x, sigma, sigma_next))
     if prediction == "velocity":
         dt = sigma_next - sigma
         x0_hat, score = x - sigma * output, -(x + (1 - sigma) * output) / sigma
-        if not stochastic:
-            return x + output * dt, 0 * dt
         if kernel == "cps":
-            std = sigma_next * np.sin(eta * np.pi / 2)
+            std = stochastic * sigma_next * np.sin(eta * np.pi / 2)
             return (1 - sigma_next) * x0_hat - np.sqrt(sigma_next**2 - std**2) * sigma * score, std
-        g = {"dance": eta, "flow": eta * np.sqrt(sigma / (1 - (sigma_next if sigma == 1 else sigma)))}[kernel]
+        g = stochastic * eta * (np.sqrt(sigma / (1 - np.where(sigma == 1, sigma_next, sigma))) if kernel == "flow" else 1)
         return x + output * dt - g**2 / 2 * score * dt, g * np.sqrt(-dt)
 
     a_t, a_prev = 1 - sigma**2, 1 - sigma_next**2  # alphas_cumprod
@@ -24,12 +22,14 @@ def transition(kernel, prediction, eta, output, x, sigma, sigma_next, stochastic
         x0_hat, eps_hat = np.sqrt(a_t) * x - sigma * output, np.sqrt(a_t) * output + sigma * x
     else:
         x0_hat, eps_hat = output, (x - np.sqrt(a_t) * output) / np.sqrt(1 - a_t)
-    if kernel == "ddim" or not stochastic:
-        std = eta * stochastic * np.sqrt((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev))
-        return np.sqrt(a_prev) * x0_hat + np.sqrt(1 - a_prev - std**2) * eps_hat, std
+    std = eta * stochastic * np.sqrt((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev))
+    ddim = np.sqrt(a_prev) * x0_hat + np.sqrt(1 - a_prev - std**2) * eps_hat
+    if kernel == "ddim":
+        return ddim, std
     # beta(t) with f = -beta / 2, g^2 = beta and alphas_cumprod = exp(-integral of beta); dt < 0
     beta_dt = -np.log(a_prev / a_t)
-    return x + (-beta_dt / 2 * x + (1 + eta**2) / 2 * beta_dt * eps_hat / sigma), eta * np.sqrt(-beta_dt)
+    mean = x + (-beta_dt / 2 * x + (1 + eta**2) / 2 * beta_dt * eps_hat / sigma)
+    return np.where(stochastic, mean, ddim), stochastic * eta * np.sqrt(-beta_dt)
 
 
 def log_prob(x_next, mean, std):
@@ -60,11 +60,14 @@ def gaussian_marginals(kernel, prediction, eta, sigmas, stochastic, mean, std, s
     alpha = signal(prediction, sigmas)
     m, v = start or (alpha[0] * mean, alpha[0]**2 * std**2 + sigmas[0]**2)
     means, variances = [m], [v]
-    for i, noisy in enumerate(stochastic):
-        def at(x):
-            output = gaussian_output(prediction, x, sigmas[i], alpha[i], mean, std)
-            return transition(kernel, prediction, eta, output, x, sigmas[i], sigmas[i + 1], noisy)
-        (offset, noise), (one, _) = at(np.zeros_like(mean)), at(np.ones_like(mean))
-        m, v = offset + (one - offset) * m, (one - offset)**2 * v + noise**2
+
+    def step(x):
+        before, after, noisy = (np.asarray(a)[:, None] for a in (sigmas[:-1], sigmas[1:], stochastic))
+        output = gaussian_output(prediction, x, before, signal(prediction, before), mean, std)
+        return transition(kernel, prediction, eta, output, x, before, after, noisy)
+    x = np.zeros((len(sigmas) - 1, len(mean)))
+    (offset, noise), (one, _) = step(x), step(x + 1)
+    for b, k, s in zip(offset, one - offset, noise):
+        m, v = b + k * m, k * k * v + s * s
         means.append(m), variances.append(v)
     return np.array(means), np.array(variances)

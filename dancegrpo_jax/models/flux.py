@@ -169,13 +169,12 @@ class DualBlock(nnx.Module):
         self.ff_context = FeedForward(features, activation="gelu_pytorch_tanh", rngs=rngs)
 
     def __call__(self, text, image, condition, rotary):
-        x, *image_modulation = self.norm1(image, condition)
-        c, *text_modulation = self.norm1_context(text, condition)
-        shift, scale = image_modulation[:2]
-        c_shift, c_scale = text_modulation[:2]
+        x, shift, scale, *image_rest = self.norm1(image, condition)
+        c, c_shift, c_scale, *text_rest = self.norm1_context(text, condition)
         c, x = self.attn(x * (1 + scale) + shift, rotary, text=c * (1 + c_scale) + c_shift)
-        return self._finish(text, c, self.ff_context, *text_modulation[2:]), \
-            self._finish(image, x, self.ff, *image_modulation[2:])
+        text = self._finish(text, c, self.ff_context, *text_rest)
+        image = self._finish(image, x, self.ff, *image_rest)
+        return text, image
 
     def _finish(self, x, attended, feed_forward, gate, ff_shift, ff_scale, ff_gate):
         x = x + gate * attended

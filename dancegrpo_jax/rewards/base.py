@@ -243,11 +243,13 @@ class RewardSet:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reward")
         self._timeout = timeout
         for name, options in config.items():
-            options = dict((options or {}).items())
+            if not hasattr(options, "items"):
+                raise ValueError(f"reward {name!r}: expected a dict of options, e.g. {{'weight': 1.0}}, got {options!r}")
+            options = dict(options.items())
             self.weights[name] = _number(options.pop("weight", 1.0), f"reward {name!r}: weight")
             binary = options.pop("binary", None)
             if binary is not None:
-                if set(binary) != {"threshold"}:
+                if not hasattr(binary, "keys") or set(binary.keys()) != {"threshold"}:
                     raise ValueError(f'reward {name!r}: binary must be {{"threshold": number}}, got {binary!r}')
                 self._thresholds[name] = _number(binary["threshold"], f"reward {name!r}: binary threshold")
             self.rewards[name] = build(options.pop("reward", name), options)

@@ -1,0 +1,87 @@
+"""What the convolutional parity tests share: weights that show mistakes, comparisons relative to the rms."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from flax import nnx
+
+from dancegrpo_jax.models import convert
+from dancegrpo_jax.models.layers import split
+
+
+def perturb(module, seed=0):
+    """Norm scales 1 +- 0.25, biases +- 0.1, matrices of unit gain: no parameter can be swapped or dropped unseen."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            noise = 2 * torch.rand(p.shape, generator=generator) - 1
+            if name.endswith("bias"):
+                p.copy_(0.1 * noise)
+            elif p.ndim == 1:
+                p.copy_(1 + 0.25 * noise)
+            else:
+                p.copy_((3 / p[0].numel()) ** 0.5 * noise)
+
+
+def to_torch(x):
+    """[B, H, W, C] -> torch's [B, C, H, W]."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+
+
+def from_torch(x):
+    """[B, C, H, W] -> [B, H, W, C]."""
+    return np.moveaxis(x.detach().numpy(), 1, -1)
+
+
+def rms(x):
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    """max|difference| <= tolerance * rms(theirs)."""
+    assert ours.shape == theirs.shape
+    error = np.abs(ours - theirs).max() / rms(theirs)
+    assert error <= tolerance, error
+
+
+def assert_low_precision_close(low, full):
+    """Relative rms error within 3 %, and not exact: it did run in low precision."""
+    error = rms(np.asarray(low, np.float32) - full) / rms(full)
+    assert 1e-4 < error <= 0.03, error
+
+
+def assert_gradients_close(ours, module):
+    """Our flat gradients against those in a torch module's parameters: the same set, 1e-4 * rms for each tensor."""
+    ours = convert.to_torch(ours)
+    theirs = {name: p.grad.numpy() for name, p in module.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    # The softmax ignores a shift common to all keys: the exact gradient is 0, what is computed is rounding noise.
+    scale = {name: rms(theirs[name.replace("to_k.bias", "to_q.bias")]) for name in theirs}
+    errors = {name: np.abs(ours[name] - theirs[name]).max() / scale[name] for name in theirs}
+    worst = max(errors, key=errors.get)
+    assert errors[worst] <= 1e-4, (worst, errors[worst])
+
+
+def assert_round_trip(model, module):
+    """Loaded weights, written again, are the torch module's bytes."""
+    ours, theirs = convert.to_torch(split(model)[1]), module.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key].tobytes() == theirs[key].numpy().tobytes() for key in theirs)
+
+
+def assert_released_size(model_class, config, manifest, total):
+    """Keys, shapes and parameter count of the full-size model equal those of the released checkpoint."""
+    content = (Path(__file__).parents[1] / "manifests" / f"{manifest}.json.gz").read_bytes()
+    expected = {key: tuple(shape) for key, shape in json.loads(gzip.decompress(content)).items()}
+    abstract = split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))[1]
+    weightless = {name: np.broadcast_to(np.int8(0), leaf.shape) for name, leaf in abstract.items()}
+    ours = {}
+    for name, array in weightless.items():
+        keys = convert.torch_names(name, array.shape)
+        layer = array[0] if ".stacked." in name else array
+        ours |= dict.fromkeys(keys, convert._to_torch_layout(name, layer).shape)
+    assert ours == expected
+    assert sum(leaf.size for leaf in abstract.values()) == total

@@ -1,0 +1,51 @@
+"""Tiny random pipelines in the diffusers layout, written by our own converter."""
+
+import json
+
+import jax.numpy as jnp
+from flax import nnx
+
+from dancegrpo_jax.models import clip, flux, unet, vae
+from dancegrpo_jax.models.base import make_policy
+from dancegrpo_jax.models.convert import save_model
+from dancegrpo_jax.models.layers import split
+from dancegrpo_jax.worlds.tokenizer import MAX_LENGTH, write_tokenizer
+
+WIDTH = 32
+VAE = vae.AutoencoderKL.Config(
+    down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 16),
+    latent_channels=4, norm_num_groups=4, scaling_factor=0.7, shift_factor=0.1)
+FLUX = flux.FluxTransformer2DModel.Config(
+    in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=WIDTH,
+    pooled_projection_dim=WIDTH, guidance_embeds=False, axes_dims_rope=(4, 6, 6))
+UNET = unet.UNet2DConditionModel.Config(
+    sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=WIDTH, attention_head_dim=2,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    norm_num_groups=8)
+SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+             "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False, "prediction_type": "epsilon"}
+
+
+def write_pipeline(folder, paradigm: str, seed: int = 0):
+    """Writes a `flow` (FLUX) or `diffusion` (Stable Diffusion) pipeline with random fp32 weights; returns the folder."""
+    write_tokenizer(folder / "tokenizer")
+    vocabulary = len(json.loads((folder / "tokenizer" / "vocab.json").read_text()))
+    text = clip.CLIPTextConfig(hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=1, num_attention_heads=2,
+                               vocab_size=vocabulary, max_position_embeddings=MAX_LENGTH, eos_token_id=vocabulary - 1)
+    denoiser = ((flux.FluxTransformer2DModel, FLUX, "transformer") if paradigm == "flow"
+                else (unet.UNet2DConditionModel, UNET, "unet"))
+    for model_class, config, part in ((vae.AutoencoderKL, VAE, "vae"), (clip.CLIPTextModel, text, "text_encoder"), denoiser):
+        params = split(model_class(config, rngs=nnx.Rngs(seed)))[1]
+        save_model(folder / part, model_class, config, params, dtype=jnp.float32)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    return folder
+
+
+def load_policy(folder, paradigm: str, *, lora_rank: int = 0, **options):
+    """The policy of a tiny pipeline with its parameters: (policy, trainable, frozen)."""
+    kernel = {"kernel": "flow", "eta": 0.7} if paradigm == "flow" else {"kernel": "ddim", "eta": 1.0}
+    name = "flux" if paradigm == "flow" else "stable_diffusion"
+    policy = make_policy(name, folder, **{"height": 32, "width": 32} | kernel | options)
+    lora = {"rank": lora_rank, "alpha": 8.0, "targets": (r".*attn.*\.to_(q|k|v|out\.0)",)} if lora_rank else None
+    return policy, *policy.load(lora)
