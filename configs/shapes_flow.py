@@ -17,17 +17,20 @@ def get_config():
     config.model.folder = "dancegrpo_jax/worlds/weights/flow"
     config.model.height = config.model.width = 32
     config.model.remat = False
-    config.sampler.kernel, config.sampler.eta = "flow", 0.7
+    config.sampler.kernel, config.sampler.eta = "flow", 1.0
     config.sampler.steps, config.sampler.shift = 8, 2.0
     config.sampler.eval_steps = 8
+    # Noise only in the first three steps, where colour and layout are decided; the rest is the ODE, as in evaluation.
+    config.sampler.window, config.sampler.window_interval = 3, 1_000_000
     config.data.train = "dancegrpo_jax/worlds/prompts/train.txt"
     config.data.heldout = "dancegrpo_jax/worlds/prompts/heldout.txt"
     config.data.prompts_per_step, config.data.group_size = 16, 12
     config.rewards = {"verifier": {"weight": 1.0}}
     config.grpo.clip_range = 1e-4
-    config.grpo.timestep_fraction = 0.6
+    config.grpo.timestep_fraction = 1.0
     config.grpo.microbatch = 192
-    config.optim.learning_rate = 2e-4
+    config.optim.learning_rate, config.optim.b2 = 1.5e-4, 0.99
+    config.optim.ema_decay = 0.9
     config.eval.every = 20
     config.eval.num_prompts = 512
     config.eval.batch = 128

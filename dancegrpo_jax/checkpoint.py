@@ -91,12 +91,12 @@ class Checkpointer:
         self._bad = []
         steps, unfinished = self._scan()
         for name in unfinished:
-            warnings.warn(f"checkpoint {self.directory / name} is half-written; it is skipped", RuntimeWarning, stacklevel=2)
+            _warn(f"checkpoint {self.directory / name} is half-written; it is skipped")
         for step in sorted(steps, reverse=True):
             folder = self.directory / str(step)
             record, reason = self._on_primary(lambda folder=folder: _check(folder))
             if reason:
-                warnings.warn(f"checkpoint {folder} is skipped: {reason}", RuntimeWarning, stacklevel=2)
+                _warn(f"checkpoint {folder} is skipped: {reason}")
                 self._bad.append(step)
                 continue
             _compare(folder, record["arrays"], expected)
@@ -105,12 +105,11 @@ class Checkpointer:
                 with ocp.StandardCheckpointer() as reader:
                     restored = reader.restore(folder / "state", targets)
             except Exception as error:
-                raise CheckpointError(f"checkpoint {folder} is intact but cannot be read: {_one_line(error)}") from error
+                raise CheckpointError(f"checkpoint {folder} is intact but unreadable: {_one_line(error)}") from error
             state = jax.tree.unflatten(jax.tree.structure(abstract_state), [restored[name] for name in expected])
             return step, state, record["meta"]
         if steps:
-            warnings.warn(f"{self.directory} holds no usable checkpoint; starting from the beginning", RuntimeWarning,
-                          stacklevel=2)
+            _warn(f"{self.directory} holds no usable checkpoint; starting from the beginning")
         return None
 
     def wait(self) -> None:
@@ -190,6 +189,10 @@ class Checkpointer:
         return CheckpointError(f"{self.directory}: saving step {self._saving} failed: {_one_line(error)}; {kept}")
 
 
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
 def _one_line(error: BaseException) -> str:
     while error.__cause__ is not None:  # orbax wraps; the cause says "No space left on device"
         error = error.__cause__
@@ -218,10 +221,10 @@ def _target(leaf) -> jax.ShapeDtypeStruct:
 def _compare(folder, stored: dict[str, str], expected: dict) -> None:
     """Orbax would silently cast another dtype, so shapes and dtypes are compared here."""
     for name in sorted(stored.keys() | expected.keys()):
-        here = _describe(expected[name]) if name in expected else "nothing"
-        if stored.get(name, "nothing") != here:
-            raise CheckpointError(f"checkpoint {folder} does not fit this config: {name} is {stored.get(name, 'nothing')} in "
-                                  f"the checkpoint and {here} in the config; use the run's own config or another run_dir")
+        there, here = stored.get(name, "nothing"), _describe(expected[name]) if name in expected else "nothing"
+        if there != here:
+            raise CheckpointError(f"checkpoint {folder} does not fit this config: {name} is {there} in the checkpoint "
+                                  f"and {here} in the config; use the run's own config or another run_dir")
 
 
 # ---------------------------------------------------------------- integrity
@@ -278,9 +281,9 @@ def _check(folder: epath.Path) -> tuple[dict | None, str | None]:
 
 
 class PreemptionGuard:
-    """While entered, SIGTERM and SIGINT only set `requested`, for the loop to save and stop; a second one exits at once.
+    """While entered, SIGTERM and SIGINT only set `requested`, for the loop to save and stop; a second one exits.
 
-    On a pod a signal may reach one process only, so ask `reached(step)` there, which all processes answer alike.
+    On a pod a signal may reach one process only, so ask `reached(step)`, which all processes answer alike.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)

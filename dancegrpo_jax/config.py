@@ -64,7 +64,8 @@ _POSITIVE = Rule(lambda value: value > 0, "> 0")
 _NOT_EMPTY = Rule(bool, "not empty")
 _AXIS = Rule(lambda value: value == -1 or value >= 1, ">= 1, or -1 for the rest of the devices")
 KERNELS = {"flux": FLOW_KERNELS, "stable_diffusion": DIFFUSION_KERNELS}
-_POLICY = Rule(lambda value: value in KERNELS or ":" in value, f"one of {', '.join(KERNELS)}, or 'package.module:Class'")
+_POLICY = Rule(lambda value: value in KERNELS or ":" in value,
+               f"one of {', '.join(KERNELS)}, or 'package.module:Class'")
 
 KEYS: dict[str, Key] = {
     "seed": Key(0, _at_least(0), "all randomness derives from it"),
@@ -73,7 +74,7 @@ KEYS: dict[str, Key] = {
 
     "model.policy": Key("stable_diffusion", _POLICY, "family of the base model"),
     "model.folder": Key("", _NOT_EMPTY, "pipeline folder in the diffusers layout"),
-    "model.dtype": Key("float32", _one_of("float32", "bfloat16"), "compute dtype of the networks; weights stay float32"),
+    "model.dtype": Key("float32", _one_of("float32", "bfloat16"), "compute dtype of the networks; weights are float32"),
     "model.remat": Key(True, _ANY, "recompute activations in the backward pass: less memory, about 1/3 more compute"),
     "model.height": Key(512, _at_least(8, 8), "of the images, pixels"),
     "model.width": Key(512, _at_least(8, 8), "of the images, pixels"),
@@ -84,7 +85,8 @@ KEYS: dict[str, Key] = {
     "model.lora.targets": Key((r".*attn.*\.to_(q|k|v|out\.0)",), _ANY, "regexes of layer names that get adapters"),
 
     "sampler.kernel": Key("ddim", _one_of(*FLOW_KERNELS, *DIFFUSION_KERNELS),
-                          f"transition: {', '.join(FLOW_KERNELS)} (rectified flow), {', '.join(DIFFUSION_KERNELS)} (diffusion)"),
+                          f"transition: {', '.join(FLOW_KERNELS)} (rectified flow) or "
+                          f"{', '.join(DIFFUSION_KERNELS)} (diffusion)"),
     "sampler.eta": Key(1.0, _POSITIVE, "strength of the sampling noise; 0.3 for dance, 0.7 for flow, 1.0 for ddim"),
     "sampler.steps": Key(50, _between(2, 1000), "denoising steps of the rollout (T)"),
     "sampler.shift": Key(1.0, _POSITIVE, "of the rectified-flow schedule towards noise; 3 for FLUX"),
@@ -105,7 +107,7 @@ KEYS: dict[str, Key] = {
 
     "grpo.clip_range": Key(1e-4, _POSITIVE, "of the ratio; it refers to the mean log-probability per dimension"),
     "grpo.advantage_clip": Key(5.0, _POSITIVE, "limit of the absolute advantage"),
-    "grpo.timestep_fraction": Key(0.6, _between(0, 1, ends="(]"), "share of the steps that is trained, chosen per sample"),
+    "grpo.timestep_fraction": Key(0.6, _between(0, 1, ends="(]"), "share of the steps that is trained, per sample"),
     "grpo.best_of": Key(0, _at_least(0, 2), "train only the best and worst halves of this many samples; 0 = all"),
     "grpo.kl_beta": Key(0.0, _at_least(0), "weight of the KL divergence to the base weights"),
     "grpo.updates_per_rollout": Key(1, _at_least(1), "optimizer updates in an iteration"),
@@ -118,7 +120,7 @@ KEYS: dict[str, Key] = {
     "optim.weight_decay": Key(1e-4, _at_least(0), "decoupled"),
     "optim.grad_clip": Key(1.0, _at_least(0), "limit of the global gradient norm; 0 = off"),
     "optim.warmup_steps": Key(0, _at_least(0), "updates of linear warm-up"),
-    "optim.ema_decay": Key(0.0, _between(0, 1, ends="[)"), "moving average of the weights, used in evaluation; 0 = off"),
+    "optim.ema_decay": Key(0.0, _between(0, 1, ends="[)"), "moving average of the weights, for evaluation; 0 = off"),
 
     "eval.every": Key(0, _at_least(0), "iterations between evaluations; 0 = only at the start and the end"),
     "eval.num_prompts": Key(64, _at_least(1), "of the held-out file, from its start"),
@@ -138,8 +140,8 @@ KEYS: dict[str, Key] = {
     "log.prompts_in_grid": Key(8, _at_least(1), "rows of an image grid"),
 }
 FREE_FORM = tuple(name for name, key in KEYS.items() if isinstance(key.default, dict))
-_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", tuple: "a tuple of strings",
-               dict: 'a dict {name: {"weight": w, ...}}'}
+_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string",
+               tuple: "a tuple of strings", dict: 'a dict {name: {"weight": w, ...}}'}
 
 
 def default() -> ConfigDict:
@@ -197,7 +199,7 @@ def _check_type(name: str, value, kind: type) -> None:
     elif kind is tuple:
         good = isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value)
     elif kind is dict:
-        good = isinstance(value, dict) and all(isinstance(options, dict) or options is None for options in value.values())
+        good = isinstance(value, dict) and all(isinstance(options, dict | None) for options in value.values())
     else:
         good = isinstance(value, kind)
     if not good:
@@ -249,13 +251,14 @@ def _check_sampler(config) -> None:
     sampler = config.sampler
     kernels = KERNELS.get(config.model.policy)
     if kernels and sampler.kernel not in kernels:
-        _fail("sampler.kernel", sampler.kernel, f"config.model.policy={config.model.policy!r} takes {' or '.join(kernels)}")
+        _fail("sampler.kernel", sampler.kernel,
+              f"config.model.policy={config.model.policy!r} takes {' or '.join(kernels)}")
     if sampler.kernel in ("cps", "ddim") and sampler.eta > 1:
-        _fail("sampler.eta", sampler.eta, f"must be in (0, 1] for the kernel {sampler.kernel!r}, whose noise cannot exceed "
-              "the noise level; lower it")
+        _fail("sampler.eta", sampler.eta, f"must be in (0, 1] for the kernel {sampler.kernel!r}, whose noise cannot "
+              "exceed the noise level; lower it")
     if sampler.window > sampler.steps - 1:
-        _fail("sampler.window", sampler.window, f"must be 0..{sampler.steps - 1} (config.sampler.steps - 1: the last step "
-              "is never trained); lower it, or set 0 for all steps")
+        _fail("sampler.window", sampler.window, f"must be 0..{sampler.steps - 1} (config.sampler.steps - 1: the last "
+              "step is never trained); lower it, or set 0 for all steps")
 
 
 def _check_lora(config) -> None:
@@ -266,7 +269,7 @@ def _check_lora(config) -> None:
         try:
             re.compile(target)
         except re.error as error:
-            _fail("model.lora.targets", target, f"not a regular expression ({error}); escape special characters with \\")
+            _fail("model.lora.targets", target, f"not a regular expression ({error}); escape special characters by \\")
 
 
 def _check_batch(config, devices: int | None) -> None:
@@ -275,8 +278,8 @@ def _check_batch(config, devices: int | None) -> None:
         _fail("data.chunks", data.chunks, f"must divide config.data.prompts_per_step={data.prompts_per_step}; "
               f"near are {_divisors_near(data.prompts_per_step, data.chunks)}")
     if grpo.best_of > data.group_size:
-        _fail("grpo.best_of", grpo.best_of, f"must be 0 or an even number up to config.data.group_size={data.group_size}; "
-              "lower it or raise the group size")
+        _fail("grpo.best_of", grpo.best_of, f"must be 0 or an even number up to "
+              f"config.data.group_size={data.group_size}; lower it or raise the group size")
     rows, steps = data.prompts_per_step * (grpo.best_of or data.group_size), trained_steps(config)
     if rows % grpo.updates_per_rollout:
         _fail("grpo.updates_per_rollout", grpo.updates_per_rollout, f"must divide the {rows} trained samples of an "
@@ -302,8 +305,8 @@ def _check_batch(config, devices: int | None) -> None:
         _fail("grpo.microbatch", grpo.microbatch, f"must be a multiple of the {parts} devices that share the batch "
               "(config.mesh.data * config.mesh.fsdp)")
     if parts > 0 and rows % (parts * grpo.updates_per_rollout):
-        _fail("data.prompts_per_step", data.prompts_per_step, f"the {rows} trained samples of an iteration must divide over "
-              f"{parts} devices and {grpo.updates_per_rollout} updates")
+        _fail("data.prompts_per_step", data.prompts_per_step, f"the {rows} trained samples of an iteration must divide "
+              f"over {parts} devices and {grpo.updates_per_rollout} updates")
 
 
 # ------------------------------------------------------------------------------------------ loading
@@ -384,7 +387,8 @@ def load_file(path: str) -> ConfigDict:
         text = " ".join(str(error).split()) + (source and f" in `{source}`")
         raise ConfigError(f"{where}: {type(error).__name__}: {text}") from error
     if not isinstance(config, ConfigDict):
-        raise ConfigError(f"--config={path}: get_config() must return a config made by default(), not {type(config).__name__}")
+        raise ConfigError(f"--config={path}: get_config() must return a config made by default(), "
+                          f"not {type(config).__name__}")
     return config.lock()
 
 

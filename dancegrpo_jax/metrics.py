@@ -28,8 +28,8 @@ from dancegrpo_jax.config import ConfigError, flatten
 
 # What may differ when a run is resumed: it changes how long and where, not what is computed.
 CHANGEABLE = ("steps", "run_dir", "model.remat", "eval.every", "checkpoint.", "mesh.", "log.")
-PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections", "numpy", "transformers",
-            "safetensors", "pillow")
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections", "numpy",
+            "transformers", "safetensors", "pillow")
 
 
 # ------------------------------------------------------------------------------------------ the run's folder
@@ -43,7 +43,7 @@ def start_run_dir(run_dir, config: ConfigDict) -> Path:
     Returns: the folder.
     Raises: ConfigError naming the keys that differ, or if the folder cannot be written or read.
     """
-    folder = Path(run_dir)
+    folder, name = Path(run_dir), f"config.run_dir={str(run_dir)!r}"
     file = folder / "config.json"
     mine = json.loads(json.dumps(flatten(config)))  # as it comes back: tuples become lists
     try:
@@ -55,13 +55,11 @@ def start_run_dir(run_dir, config: ConfigDict) -> Path:
             _write_json(file, config.to_dict())
             _write_json(folder / "versions.json", versions())
     except OSError as error:
-        raise ConfigError(f"config.run_dir={str(run_dir)!r}: {error.strerror or error}; choose a folder that can be written") \
-            from error
+        raise ConfigError(f"{name}: {error.strerror or error}; choose a folder that can be written") from error
     except (ValueError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"config.run_dir={str(run_dir)!r}: its config.json cannot be read ({error}); use another folder") \
-            from error
+        raise ConfigError(f"{name}: its config.json cannot be read ({error}); use another folder") from error
     return folder
 
 
@@ -71,8 +69,8 @@ def _compare(folder: Path, theirs: Mapping, mine: Mapping) -> None:
     if names:
         listed = ", ".join(f"{name} ({json.dumps(theirs.get(name))} there, {json.dumps(mine.get(name))} now)"
                            for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        raise ConfigError(f"config.run_dir={str(folder)!r}: it holds a run with another config: {listed}; set the old values "
-                          "to resume it, or choose another run_dir")
+        raise ConfigError(f"config.run_dir={str(folder)!r}: it holds a run with another config: {listed}; set the old "
+                          "values to resume it, or choose another run_dir")
 
 
 def _write_json(file: Path, value) -> None:
@@ -123,7 +121,8 @@ class MetricWriter:
         if jax.process_index() != 0:
             return
         after = -1 if resume_step is None else resume_step
-        self._sinks.append(_Guard("metrics.jsonl", lambda: _JsonLines(self.folder / "metrics.jsonl", after), permanent=False))
+        file = self.folder / "metrics.jsonl"
+        self._sinks.append(_Guard(file.name, lambda: _JsonLines(file, after), permanent=False))
         if tensorboard:
             self._sinks.append(_Guard("TensorBoard events", lambda: _TensorBoard(self.folder / "tensorboard", after)))
         if wandb_project:
@@ -131,13 +130,14 @@ class MetricWriter:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the scalars of one step: python, numpy or jax numbers."""
-        plain = {name: value if isinstance(value, (int, float)) else np.asarray(value).item() for name, value in values.items()}
+        plain = {name: value if isinstance(value, (int, float)) else np.asarray(value).item()
+                 for name, value in values.items()}
         self.last |= plain
         for sink in self._sinks:
             sink.call("scalars", step, plain)
 
     def images(self, step: int, tag: str, image) -> None:
-        """Writes one picture: a PIL image or uint8 [H, W, 3]. It is also kept as `<run_dir>/images/<tag>/<step>.png`."""
+        """Writes one picture, a PIL image or uint8 [H, W, 3]; also kept as `<run_dir>/images/<tag>/<step>.png`."""
         array = np.asarray(image)
         for sink in self._sinks:
             sink.call("images", step, tag, array)
@@ -171,7 +171,8 @@ class _Guard:
 
     def warn(self, error: Exception) -> None:
         if not self.warned:
-            warnings.warn(f"{self.name} cannot be written ({error}); the run goes on without", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"{self.name} cannot be written ({error}); the run goes on without", RuntimeWarning,
+                          stacklevel=4)
         self.warned = True
 
 
@@ -220,7 +221,8 @@ class _TensorBoard:
         self.summary, self.event = summary, Event
         self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{uuid.uuid4().hex[:6]}")
         # Hides what an interrupted run wrote after the step this one goes on from.
-        self.writer.write_event(Event(wall_time=time.time(), step=after + 1, session_log=SessionLog(status=SessionLog.START)))
+        start = SessionLog(status=SessionLog.START)
+        self.writer.write_event(Event(wall_time=time.time(), step=after + 1, session_log=start))
 
     def _write(self, step: int, summaries) -> None:
         for value in summaries:
@@ -262,7 +264,7 @@ class _Wandb:
 
 
 def read_lines(file) -> list[tuple[str, dict]]:
-    """(line, record) of every whole line of a metrics.jsonl; torn ones, of a killed run or a full disk, are left out."""
+    """(line, record) of every whole line of a metrics.jsonl; torn ones (killed run, full disk) are left out."""
     lines = []
     for line in Path(file).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -327,13 +329,13 @@ class Progress:
         self._durations: list[float] = []
 
     def update(self, step: int, record: Mapping[str, float]) -> None:
-        """Prints iteration `step` (1-based) from its scalars, under the names of metrics.jsonl; missing ones are skipped."""
+        """Prints iteration `step` (1-based) from its scalars, named as in metrics.jsonl; missing ones are skipped."""
         parts = [f"{record[name]:.4g} {name.split('/')[2]}" for name in record
                  if name.startswith("train/reward/") and name.endswith("/mean")]
         parts = ["reward " + ", ".join(parts)] if parts else []
         if "train/ratio/mean" in record:
-            low, high = record["train/ratio/min"] - 1, record["train/ratio/max"] - 1  # differences from 1 are what one reads
-            parts.append(f"ratio-1 {record['train/ratio/mean'] - 1:+.1e} [{low:+.1e}, {high:+.1e}]")
+            mean, low, high = (record[f"train/ratio/{key}"] - 1 for key in ("mean", "min", "max"))
+            parts.append(f"ratio-1 {mean:+.1e} [{low:+.1e}, {high:+.1e}]")
         if "train/clip_fraction/low" in record:
             clipped = record["train/clip_fraction/low"] + record["train/clip_fraction/high"]
             parts.append(f"clipped {clipped:.1%}")
@@ -390,9 +392,10 @@ def image_grid(images, captions: Sequence[str], scores=None, scale: int | None =
     height, width, gap, font = height * scale, width * scale, 8, _font(13)
     line, label = 18, 18 if scores is not None else 0
     letters = max(10, int(columns * (width + gap) / font.getlength("n")))
-    wrapped = [textwrap.wrap(" ".join(str(text).split()), letters, max_lines=2, placeholder=" ...") or [""] for text in captions]
-    canvas = Image.new("RGB", (columns * (width + gap) + gap, sum(len(text) * line + height + label + 2 * gap for text in wrapped)
-                               + gap), "white")
+    wrapped = [textwrap.wrap(" ".join(str(text).split()), letters, max_lines=2, placeholder=" ...") or [""]
+               for text in captions]
+    total_height = sum(len(text) * line + height + label + 2 * gap for text in wrapped) + gap
+    canvas = Image.new("RGB", (columns * (width + gap) + gap, total_height), "white")
     draw, y = ImageDraw.Draw(canvas), gap
     for row, text in enumerate(wrapped):
         for part in text:

@@ -18,12 +18,12 @@ from dancegrpo_jax.metrics import read_metrics
 
 PHASES = ("rollout", "decode", "reward", "update")
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #667; --paper: #fff; --card: #f5f6f8; --line: #dde; --good: #17803d;
-  --bad: #b3261e; }
+:root { color-scheme: light dark; --ink: #1c1e21; --soft: #667; --paper: #fff; --card: #f5f6f8; --line: #dde;
+  --good: #17803d; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #9aa3ad; --paper: #15171a; --card: #1f2226;
   --line: #33383e; --good: #5fd08a; --bad: #ff8a80; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto; max-width: 1100px;
-  padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
+  max-width: 1100px; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 p.soft, figcaption { color: var(--soft); font-size: .9rem; margin: .2rem 0; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: .8rem; margin-top: 1rem; }
@@ -32,8 +32,10 @@ p.soft, figcaption { color: var(--soft); font-size: .9rem; margin: .2rem 0; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: .8rem; }
 figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .4rem; }
 figure img { width: 100%; height: auto; display: block; } figure figcaption { color: #667; padding: 0 .4rem; }
-table { border-collapse: collapse; font-size: .88rem; } td { border-bottom: 1px solid var(--line); padding: .15rem .9rem .15rem 0;
-  vertical-align: top; overflow-wrap: anywhere; } td:first-child { color: var(--soft); white-space: nowrap; }
+table { border-collapse: collapse; font-size: .88rem; }
+td { border-bottom: 1px solid var(--line); padding: .15rem .9rem .15rem 0; vertical-align: top; }
+td { overflow-wrap: anywhere; }
+td:first-child { color: var(--soft); white-space: nowrap; }
 details summary { cursor: pointer; font-weight: 600; margin-top: 1.2rem; }
 """
 
@@ -57,7 +59,8 @@ def write_report(run_dir) -> Path:
         parts += ["<h2>Held-out prompts, before and after</h2>", '<div class="cards">',
                   *(_card(name, series) for name in evaluated), "</div>"]
     grids = [(name, folder / f"{name}.png") for name in ("before", "after")]
-    shown = [_figure(file.read_bytes(), f"{name}: the same held-out prompts and noise") for name, file in grids if file.exists()]
+    shown = [_figure(file.read_bytes(), f"{name}: the same held-out prompts and noise")
+             for name, file in grids if file.exists()]
     if shown:
         parts += ['<h2>Samples</h2><div class="plots">', *shown, "</div>"]
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -97,7 +100,8 @@ def _series(records: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         for name, value in record.items():
             if name != "step" and isinstance(value, (int, float)):
                 points.setdefault(name, {})[record["step"]] = float(value)
-    return {name: (np.array(sorted(found)), np.array([found[step] for step in sorted(found)])) for name, found in points.items()}
+    return {name: (np.array(sorted(found)), np.array([found[step] for step in sorted(found)]))
+            for name, found in points.items()}
 
 
 # ------------------------------------------------------------------------------------------ parts of the page
@@ -176,12 +180,13 @@ def _reward_plot(name: str, series: dict) -> str:
             if f"train/reward/{name}/std" in series:
                 std = series[f"train/reward/{name}/std"][1]
                 if len(std) == len(mean):
-                    axes.fill_between(steps, mean - std, mean + std, color="C0", alpha=0.15, lw=0, label="± std over samples")
+                    axes.fill_between(steps, mean - std, mean + std, color="C0", alpha=0.15, lw=0,
+                                      label="± std over samples")
         if f"eval/{name}/mean" in series:
             steps, mean = series[f"eval/{name}/mean"]
             error = dict(zip(*series.get(f"eval/{name}/stderr", ((), ()))))
-            axes.errorbar(steps, mean, [error.get(step, math.nan) for step in steps], color="C1", marker="o", capsize=3, ls="--",
-                          label="held-out ± standard error")
+            axes.errorbar(steps, mean, [error.get(step, math.nan) for step in steps], color="C1", marker="o",
+                          capsize=3, ls="--", label="held-out ± standard error")
     return _plot(draw, f"reward {name}")
 
 
@@ -204,7 +209,8 @@ def _diagnostics(series: dict, rewards: list[str]):
     yield lines("importance ratio - 1", [(f"train/ratio/{key}", label) for key, label in extremes], minus=1)
     yield lines("importance ratio - 1 in the first update of a rollout: must be 0 (on-policy)",
                 [(f"train/ratio_first/{key}", label) for key, label in extremes], minus=1)
-    yield lines("share of pairs that are clipped", [("train/clip_fraction/low", "low"), ("train/clip_fraction/high", "high")])
+    yield lines("share of pairs that are clipped",
+                [("train/clip_fraction/low", "low"), ("train/clip_fraction/high", "high")])
     yield lines("approximate KL to the rollout policy", [("train/approx_kl", "approx KL")])
     if np.any(series.get("train/kl_base", ((), np.zeros(1)))[1]):
         yield lines("KL to the base weights", [("train/kl_base", "KL")])

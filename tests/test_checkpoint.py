@@ -31,7 +31,8 @@ class State(NamedTuple):
 
 def make_state(value: int, width: int = 48) -> State:
     key = jax.random.key(value)
-    weights = {"block.attn.to_q.kernel": jax.random.normal(key, (3, width, 64)), "scale": jnp.full((5,), value, jnp.bfloat16)}
+    weights = {"block.attn.to_q.kernel": jax.random.normal(key, (3, width, 64)),
+               "scale": jnp.full((5,), value, jnp.bfloat16)}
     return State(jnp.int32(value), weights, optax.adamw(1e-3).init(weights), None)
 
 
@@ -130,7 +131,7 @@ DAMAGE = {
     "checksums not an object": (lambda f: (f / ck.CHECKSUMS).write_text("[1]"), "unreadable"),
     "checksums deleted": (lambda f: (f / ck.CHECKSUMS).unlink(), "half-written, checksums.json is missing"),
     "empty folder": (lambda f: (shutil.rmtree(f), f.mkdir()), "half-written"),
-    "not committed": (lambda f: f.rename(f.with_name("20.orbax-checkpoint-tmp")), "20.orbax-checkpoint-tmp is half-written"),
+    "not committed": (lambda f: f.rename(f.with_name("20.orbax-checkpoint-tmp")), "checkpoint-tmp is half-written"),
 }
 
 
@@ -174,7 +175,8 @@ def changed(**leaves):
     (changed(scale=jnp.zeros(6, jnp.bfloat16)), ["trainable.scale is bfloat16[5]", "bfloat16[6]"]),
     (changed(scale=jnp.zeros(5)), ["trainable.scale is bfloat16[5]", "float32[5]"]),
     (changed(lora=jnp.zeros(5)), ["trainable.lora is nothing", "float32[5]"]),
-    (make_state(0)._replace(trainable={"scale": jnp.zeros(5, jnp.bfloat16)}), ["trainable.block.attn.to_q.kernel", "nothing"]),
+    (make_state(0)._replace(trainable={"scale": jnp.zeros(5, jnp.bfloat16)}),
+     ["trainable.block.attn.to_q.kernel", "nothing"]),
     (make_state(0)._replace(ema=make_state(0).trainable), ["ema.block.attn.to_q.kernel is nothing"]),
 ], ids=["shape", "dtype", "extra", "missing", "ema"])
 def test_misfit_raises_and_names_the_first_key(saved, like, words):
@@ -199,7 +201,8 @@ def test_full_disk_keeps_older_checkpoints_and_later_saves_work(folder):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # writing more fails, as on a full disk
     try:
-        with pytest.raises(ck.CheckpointError, match="saving step 30 failed.*File too large.*steps 10, 20 are kept") as caught:
+        failure = "saving step 30 failed.*File too large.*steps 10, 20 are kept"
+        with pytest.raises(ck.CheckpointError, match=failure) as caught:
             checkpoints.save(30, make_state(30))
             checkpoints.wait()
     finally:
@@ -234,7 +237,8 @@ def test_killed_while_saving_on_four_devices_then_restored_on_one(tmp_path):
     folder = tmp_path / "checkpoints"
     code = KILLED.format(tests=str(Path(__file__).parent), root=str(ROOT), folder=str(folder))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"})
+                          env={**os.environ, "JAX_PLATFORMS": "cpu",
+                               "XLA_FLAGS": "--xla_force_host_platform_device_count=4"})
     assert done.returncode == 9, done.stderr
     (step, state, meta), messages = restore(folder)
     assert (step, meta) == (1, {"seed": 3})
@@ -260,7 +264,8 @@ def test_signal_sets_the_flag_and_handlers_come_back(number):
 
 def test_second_signal_exits_at_once():
     code = ("import os, signal, sys\nfrom dancegrpo_jax.checkpoint import PreemptionGuard\n"
-            "with PreemptionGuard() as guard:\n    os.kill(os.getpid(), signal.SIGTERM)\n    print(guard.requested, flush=True)\n"
+            "with PreemptionGuard() as guard:\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+            "    print(guard.requested, flush=True)\n"
             "    try: os.kill(os.getpid(), signal.SIGTERM)\n    finally: print('still here', flush=True)\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -270,6 +275,6 @@ def test_second_signal_exits_at_once():
 
 def test_checksums_cover_every_item_file(saved):
     noted = json.loads((saved / "20" / ck.CHECKSUMS).read_text())
-    files = {path.relative_to(saved / "20").as_posix() for item in ("state", "meta") for path in (saved / "20" / item).rglob("*")
-             if path.is_file()}
+    files = {path.relative_to(saved / "20").as_posix() for item in ("state", "meta")
+             for path in (saved / "20" / item).rglob("*") if path.is_file()}
     assert noted.keys() == files

@@ -17,11 +17,12 @@ from dancegrpo_jax.report import write_report
 def record(step):
     values = {}
     for name in ("verifier", "clip"):
-        values |= {f"train/reward/{name}/{key}": 0.1 * step for key in ("mean", "std", "zero_std_ratio", "valid_ratio", "p10", "p90")}
+        values |= {f"train/reward/{name}/{key}": 0.1 * step
+                   for key in ("mean", "std", "zero_std_ratio", "valid_ratio", "p10", "p90")}
     for kind in ("ratio", "ratio_first"):
         values |= {f"train/{kind}/{key}": 1.0 for key in ("mean", "min", "max")}
-    values |= {f"train/{key}": 0.01 for key in ("clip_fraction/low", "clip_fraction/high", "approx_kl", "kl_base", "loss",
-                                                "grad_norm", "advantage/abs_max")}
+    values |= {f"train/{key}": 0.01 for key in ("clip_fraction/low", "clip_fraction/high", "approx_kl", "kl_base",
+                                                "loss", "grad_norm", "advantage/abs_max")}
     values |= {f"time/{phase}": 1.0 for phase in ("rollout", "decode", "reward", "update")}
     return values | {"time/total": 4.0, "perf/samples_per_second": 3.0}
 
@@ -33,10 +34,12 @@ def run(tmp_path):
     config.steps, config.rewards = 4, {"verifier": {"weight": 1.0}, "clip": {"weight": 0.5}}
     m.start_run_dir(folder, config)
     writer = m.MetricWriter(folder, tensorboard=False)
-    writer.scalars(0, {"eval/verifier/mean": 0.25, "eval/verifier/stderr": 0.03, "eval/clip/mean": 0.5, "eval/clip/stderr": float("nan")})
+    writer.scalars(0, {"eval/verifier/mean": 0.25, "eval/verifier/stderr": 0.03,
+                       "eval/clip/mean": 0.5, "eval/clip/stderr": float("nan")})
     for step in range(1, 5):
         writer.scalars(step, record(step))
-    writer.scalars(4, {"eval/verifier/mean": 0.75, "eval/verifier/stderr": 0.04, "eval/clip/mean": 0.4, "eval/clip/stderr": 0.1})
+    writer.scalars(4, {"eval/verifier/mean": 0.75, "eval/verifier/stderr": 0.04,
+                       "eval/clip/mean": 0.4, "eval/clip/stderr": 0.1})
     writer.close()
     for name in ("before", "after"):
         m.image_grid(np.zeros((1, 2, 8, 8, 3), np.uint8), ["x"]).save(folder / f"{name}.png")
@@ -52,14 +55,16 @@ def test_complete_report(run):
     path = write_report(run)
     page = path.read_text()
     assert path == run / "report.html"
-    assert not re.search(r"https?:|//|<script|<link|@import|url\(", re.sub(r"base64,[^\"]*", "", page))  # nothing external
+    text = re.sub(r"base64,[^\"]*", "", page)
+    assert not re.search(r"https?:|//|<script|<link|@import|url\(", text)  # nothing external
     assert str(run.parent) not in page and "shapes<b>" not in page and "shapes&lt;b&gt;" in page
     assert "0.25 ± 0.03 → 0.75 ± 0.04" in page and "+0.5, 10.0 standard errors" in page
     assert "0.5 → 0.4 ± 0.1" in page and "-0.1</p>" in page  # no standard error at the start
     assert "iteration 4 of 4 ·" in page and "not finished" not in page
     found = pictures(page)
-    for words in ("before: the same", "after: the same", "reward verifier", "reward clip", "importance ratio", "first update",
-                  "clipped", "approximate KL", "KL to the base", "gradient norm", "equal rewards", "time of an iteration"):
+    for words in ("before: the same", "after: the same", "reward verifier", "reward clip", "importance ratio",
+                  "first update", "clipped", "approximate KL", "KL to the base", "gradient norm", "equal rewards",
+                  "time of an iteration"):
         assert any(words in caption for caption in found), words
     assert all(np.asarray(picture.convert("RGB")).std() > 1 for caption, picture in found.items())
     assert "<td>optim.learning_rate</td><td>1e-05</td>" in page and "<td>jax</td>" in page
@@ -71,7 +76,8 @@ def test_partial_runs(run):
         (run / name).unlink()
     whole = (run / "metrics.jsonl").read_text()
     for text, words in [("\n".join(whole.splitlines()[:3])[:-40], "iteration 1"),  # the third line is torn
-                        (whole.splitlines()[0], "0.25 ± 0.03"), ("", "iteration 0"), (json.dumps({"step": 3, "x": "text"}), "iteration 3")]:
+                        (whole.splitlines()[0], "0.25 ± 0.03"), ("", "iteration 0"),
+                        (json.dumps({"step": 3, "x": "text"}), "iteration 3")]:
         (run / "metrics.jsonl").write_text(text)
         assert words in write_report(run).read_text()
     (run / "metrics.jsonl").unlink()
