@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu import parameter_overview
 
 from dancegrpo_jax import data, grpo, sharding
 from dancegrpo_jax.checkpoint import Checkpointer, PreemptionGuard
@@ -47,6 +48,8 @@ def _train(config, mesh, preemption) -> dict:
         height=config.model.height, width=config.model.width, dtype=config.model.dtype, remat=config.model.remat,
         guidance_scale=config.model.guidance_scale, embedded_guidance=config.model.embedded_guidance)
     lora = config.model.lora.to_dict() if config.model.lora.rank else None
+    if lora and not lora["alpha"]:
+        lora["alpha"] = 2 * lora["rank"]
     run_dir = start_run_dir(config.run_dir, config)
     trainable, frozen = policy.load(lora, config.seed)
     trainable, frozen = place(trainable), place(frozen)
@@ -90,6 +93,8 @@ def _train(config, mesh, preemption) -> dict:
             writer.images(step, f"eval/{name}", grid)
         return scalars
 
+    counts = [parameter_overview.count_parameters(tree) for tree in (state.trainable, frozen)]
+    progress.note(start, "{:,} trainable and {:,} frozen parameters on {} device(s)".format(*counts, mesh.size))
     if start == 0:
         evaluate_and_show(0, "before")
 

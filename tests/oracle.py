@@ -12,7 +12,8 @@ def transition(kernel, prediction, eta, output, x, sigma, sigma_next, stochastic
         if kernel == "cps":
             std = stochastic * sigma_next * np.sin(eta * np.pi / 2)
             return (1 - sigma_next) * x0_hat - np.sqrt(sigma_next**2 - std**2) * sigma * score, std
-        g = stochastic * eta * (np.sqrt(sigma / (1 - np.where(sigma == 1, sigma_next, sigma))) if kernel == "flow" else 1)
+        shape = np.sqrt(sigma / (1 - np.where(sigma == 1, sigma_next, sigma))) if kernel == "flow" else 1
+        g = stochastic * eta * shape
         return x + output * dt - g**2 / 2 * score * dt, g * np.sqrt(-dt)
 
     a_t, a_prev = 1 - sigma**2, 1 - sigma_next**2  # alphas_cumprod

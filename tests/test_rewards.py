@@ -3,6 +3,7 @@
 import json
 import logging
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -163,8 +164,10 @@ def test_a_call_that_does_not_return_is_masked():
 
     rewards = RewardSet({}, timeout=0.3)
     rewards.rewards, rewards.weights = {"stuck": Stuck()}, {"stuck": 1.0}
+    start = time.monotonic()
     try:
         _, ok = rewards(IMAGES, PROMPTS)["stuck"]
+        assert time.monotonic() - start < 20
         np.testing.assert_array_equal(ok, [[True] * G, [True] * G, [False] * G])
     finally:
         release.set()
@@ -213,7 +216,7 @@ def test_submit_does_not_wait_for_host_rewards():
 
     class Slow(HostReward):
         def score(self, images, prompts, metadata):
-            assert release.wait(timeout=60)
+            assert release.wait(timeout=15)
             return np.ones(len(images))
 
     rewards = RewardSet({"b": {"reward": path("Brightness")}})
@@ -239,8 +242,8 @@ def test_sharded_images_give_the_same_scores():
 
 
 def test_weights():
-    rewards = RewardSet({"jpeg": {}, "color": {"weight": -2}, "c2": {"reward": "color", "weight": 0, "channel": "blue"}})
-    assert rewards.weights == {"jpeg": 1.0, "color": -2.0, "c2": 0.0}
+    rewards = RewardSet({"jpeg": {}, "color": {"weight": -2}, "blue": {"reward": "color", "weight": 0}})
+    assert rewards.weights == {"jpeg": 1.0, "color": -2.0, "blue": 0.0}
     for bad in ("1", None, True, np.nan):
         with pytest.raises(ValueError, match="'jpeg': weight must be a finite number"):
             RewardSet({"jpeg": {"weight": bad}})
@@ -339,6 +342,8 @@ def test_verifier():
     assert scores["strict"][0][:, 0].mean() > 0.8 and not scores["strict"][0][:, 1].any()
     assert set(np.unique(scores["strict"][0])) <= {0, 1}
     assert (scores["soft"][0] >= scores["strict"][0]).all() and not rewards.failures
+    others = score(config, pairs, captions[1:] + captions[:1])[1]  # partly right, hardly ever entirely
+    assert others["strict"][0][:, 0].mean() + 0.05 < others["soft"][0][:, 0].mean() < 0.8
     _, ok = score(config, pairs[:2], [captions[0], "not a caption"])[1]["soft"]
     np.testing.assert_array_equal(ok, [[True, True], [False, False]])
 
@@ -377,7 +382,11 @@ def test_clip_score(clip_folder):
     values, ok = scores["clip_score"]
     assert ok.all()
     np.testing.assert_allclose(values, np.stack([cosines[i, :, i] for i in range(P)]), atol=1e-6)
-    low = build("clip_score", {"folder": clip_folder, "dtype": "bfloat16"})(images, prompts)["reward"][0]
+    low = build("clip_score", {"folder": clip_folder, "dtype": "bfloat16"})
+    program = str(jax.make_jaxpr(low.apply)(low.params, images, low.prepare(prompts, None))).splitlines()
+    towers = [line for line in program if "= scan[" in line]
+    assert len(towers) == 2 and all("bf16" in line for line in towers)
+    low = low(images, prompts)["reward"][0]
     assert low.dtype == jnp.float32 and 1e-5 < np.abs(low - values).max() < 0.02
 
 

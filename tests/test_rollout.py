@@ -5,19 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dancegrpo_jax import sde, sharding
+from dancegrpo_jax import sde
 from dancegrpo_jax.rollout import rollout, sample, step
 from tests import oracle
-from tests.toy import MESHES, MLPPolicy, on_mesh
+from tests.toy import GROUP, MESHES, POLICY, PROMPTS, SCHEDULE, STEPS, MLPPolicy, on_mesh, placed
 
-PROMPTS, GROUP, STEPS = 4, 6, 5
-FLOW, DIFFUSION = sde.flow_schedule(STEPS, 3.0), sde.ddim_schedule(STEPS)
-POLICIES = {"flow": MLPPolicy(), "diffusion": MLPPolicy("ddim", "epsilon", 1.0)}
-SCHEDULES = {"flow": FLOW, "diffusion": DIFFUSION}
+POLICIES = {"flow": POLICY, "diffusion": MLPPolicy("ddim", "epsilon", 1.0)}
+SCHEDULES = {"flow": SCHEDULE, "diffusion": sde.ddim_schedule(STEPS)}
 
 
-def sampled(policy=POLICIES["flow"], schedule=FLOW, seed=0, prompts=PROMPTS, group=GROUP, **options):
-    return rollout(policy, *policy.init(), policy.cond(prompts), jax.random.key(seed), schedule, group_size=group, **options)
+def sampled(policy=POLICY, schedule=SCHEDULE, seed=0, **options):
+    """The trajectory as numpy arrays."""
+    args = (*policy.init(), policy.cond(PROMPTS), jax.random.key(seed), schedule)
+    return jax.device_get(rollout(policy, *args, group_size=GROUP, **options))
 
 
 def numpy_steps(policy, schedule, latents):
@@ -34,24 +34,24 @@ def numpy_steps(policy, schedule, latents):
 
 # ------------------------------------------------------------------------------------------------ noise
 def test_initial_noise_is_shared_within_a_prompt_only():
-    latents = np.asarray(sampled().latents)
+    latents = sampled().latents
     assert latents.shape == (STEPS + 1, PROMPTS * GROUP, *MLPPolicy.latent_shape)
     first = latents[0].reshape(PROMPTS, GROUP, -1)
     np.testing.assert_array_equal(first, np.broadcast_to(first[:, :1], first.shape))
     assert len(np.unique(first[:, 0], axis=0)) == PROMPTS
     assert len(np.unique(latents[1].reshape(PROMPTS * GROUP, -1), axis=0)) == PROMPTS * GROUP  # the SDE's noise is not
-    assert not np.isin(first, np.asarray(sampled(seed=1).latents)[0]).any()
+    assert not np.isin(first, sampled(seed=1).latents[0]).any()
 
 
 def test_initial_noise_can_be_independent():
-    first = np.asarray(sampled(shared_noise=False).latents)[0]
+    first = sampled(shared_noise=False).latents[0]
     assert len(np.unique(first)) == first.size
 
 
 def test_noise_is_standard_normal_and_fresh_at_every_step():
-    policy = POLICIES["flow"]
-    latents = np.asarray(sampled().latents, np.float64)
-    noise = np.array([(x - mean) / std for x, (mean, std) in zip(latents[1:-1], numpy_steps(policy, FLOW, latents))])
+    latents = sampled().latents
+    moments = numpy_steps(POLICY, SCHEDULE, latents)
+    noise = np.array([(x - mean) / std for x, (mean, std) in zip(latents[1:-1], moments)])
     flat = noise.reshape(STEPS - 1, -1)
     n = flat.shape[1]
     np.testing.assert_allclose(flat.mean(1), 0, atol=5 / n**0.5)
@@ -60,11 +60,10 @@ def test_noise_is_standard_normal_and_fresh_at_every_step():
 
 @pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
 def test_the_same_key_gives_the_same_trajectories_on_any_mesh(mesh):
-    policy, (trainable, frozen) = POLICIES["flow"], POLICIES["flow"].init()
     expected = sampled()
     with on_mesh(mesh):
-        trainable = sharding.place_params(trainable, sharding.make_mesh(*mesh))
-        found = rollout(policy, trainable, frozen, policy.cond(PROMPTS), jax.random.key(0), FLOW, group_size=GROUP)
+        args = (*placed(POLICY, mesh), POLICY.cond(PROMPTS), jax.random.key(0), SCHEDULE)
+        found = rollout(POLICY, *args, group_size=GROUP)
         assert len(found.latents.sharding.device_set) == 8
     np.testing.assert_array_equal(found.latents[0], expected.latents[0])
     np.testing.assert_allclose(found.latents, expected.latents, atol=1e-5)
@@ -92,16 +91,16 @@ def test_any_part_of_the_batch_scores_the_same(dtype):
     class Rounded(MLPPolicy):
         def predict(self, *args):
             return super().predict(*args).astype(dtype)  # a network that computes in half precision
-    policy = Rounded()
+    policy = POLICY if dtype == jnp.float32 else Rounded()
     latents, log_probs = sampled(policy)
     assert latents.dtype == log_probs.dtype == jnp.float32
-    text = np.repeat(policy.cond(PROMPTS)["text"], GROUP, axis=0)
-    score = jax.jit(lambda rows, i: sde.gaussian_log_prob(latents[i + 1][rows], *step(
-        policy, *policy.init(), {"text": jnp.asarray(text)[rows]}, latents[i][rows], jnp.asarray(FLOW.times)[i],
-        jnp.asarray(FLOW.sigmas)[i], jnp.asarray(FLOW.sigmas)[i + 1], True)))
-    for rows in (np.arange(1), np.arange(5, 12), np.arange(PROMPTS * GROUP)):
+    text, (times, sigmas, _) = np.repeat(policy.cond(PROMPTS)["text"], GROUP, axis=0), SCHEDULE
+    score = jax.jit(lambda text, x, x_next, *args: sde.gaussian_log_prob(
+        x_next, *step(policy, *policy.init(), {"text": text}, x, *args, True)))
+    for rows in (slice(1), slice(5, 12)):
         for i in range(STEPS - 1):
-            np.testing.assert_allclose(np.exp(score(rows, i) - log_probs[i, rows]), 1, rtol=0, atol=1e-6)
+            found = score(text[rows], latents[i, rows], latents[i + 1, rows], times[i], sigmas[i], sigmas[i + 1])
+            np.testing.assert_allclose(np.exp(found - log_probs[i, rows]), 1, rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ deterministic steps
@@ -112,36 +111,35 @@ def test_deterministic_schedule_is_the_ode(paradigm):
     np.testing.assert_array_equal(log_probs, 0)
     means = [mean for mean, _ in numpy_steps(policy, schedule, latents)]
     np.testing.assert_allclose(latents[1:], means, atol=5e-6)
-    last = np.asarray(latents[-1]).reshape(PROMPTS, GROUP, -1)  # one noise, no other randomness: one sample per prompt
+    last = latents[-1].reshape(PROMPTS, GROUP, -1)  # one noise, no other randomness: one sample per prompt
     np.testing.assert_allclose(last, np.broadcast_to(last[:, :1], last.shape), atol=1e-6)
 
 
 def test_window_has_noise_and_log_probs_inside_only():
-    schedule = sde.window(FLOW, 1, 2)
+    schedule = sde.window(SCHEDULE, 1, 2)
     latents, log_probs = sampled(schedule=schedule)
-    assert (np.asarray(log_probs) != 0).all(1).tolist() == [False, True, True, False, False]
-    assert (np.asarray(log_probs) == 0).all(1).tolist() == [True, False, False, True, True]
-    for i, (mean, _) in enumerate(numpy_steps(POLICIES["flow"], schedule, latents)):
+    assert (log_probs != 0).all(1).tolist() == [False, True, True, False, False, False]
+    assert (log_probs == 0).all(1).tolist() == [True, False, False, True, True, True]
+    for i, (mean, _) in enumerate(numpy_steps(POLICY, schedule, latents)):
         away = np.abs(latents[i + 1] - mean).max()
         assert away > 0.1 if schedule.stochastic[i] else away < 5e-6
     # Steps before the window do not depend on it, and noise depends on the step alone.
-    np.testing.assert_array_equal(latents[:2], sampled(schedule=sde.deterministic(FLOW)).latents[:2])
+    np.testing.assert_array_equal(latents[:2], sampled(schedule=sde.deterministic(SCHEDULE)).latents[:2])
 
 
 def test_sample_is_the_end_of_one_rollout_per_prompt():
-    policy, key = POLICIES["flow"], jax.random.key(0)
-    found = sample(policy, *policy.init(), policy.cond(PROMPTS), key, FLOW)
-    np.testing.assert_allclose(found, sampled(group=1).latents[-1], atol=1e-6)
+    schedule = sde.deterministic(SCHEDULE)
+    found = sample(POLICY, *POLICY.init(), POLICY.cond(PROMPTS), jax.random.key(0), schedule)
+    np.testing.assert_allclose(found, sampled(schedule=schedule).latents[-1, ::GROUP], atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ one program
 def test_rollout_stays_on_the_device():
-    policy = POLICIES["flow"]
-    args = jax.device_put((*policy.init(), policy.cond(PROMPTS), jax.random.key(0), FLOW))
-    assert "callback" not in rollout.lower(policy, *args, group_size=GROUP).as_text()
-    expected = rollout(policy, *args, group_size=GROUP).latents
+    args = jax.device_put((*POLICY.init(), POLICY.cond(PROMPTS), jax.random.key(0), SCHEDULE))
+    assert "callback" not in rollout.lower(POLICY, *args, group_size=GROUP).as_text()
+    expected = rollout(POLICY, *args, group_size=GROUP).latents
     with jax.transfer_guard("disallow"):
-        found = jax.block_until_ready(rollout(policy, *args, group_size=GROUP).latents)
+        found = jax.block_until_ready(rollout(POLICY, *args, group_size=GROUP).latents)
         with pytest.raises(Exception, match="Disallowed"):
-            rollout(policy, *args[:-1], FLOW, group_size=GROUP)  # the guard does guard: a host schedule is a transfer
+            rollout(POLICY, *args[:-1], SCHEDULE, group_size=GROUP)  # the guard works: a host schedule is a transfer
     np.testing.assert_array_equal(found, expected)

@@ -41,6 +41,7 @@ def test_transition_takes_noise_levels_per_sample_or_for_all():
         b = sde.transition("dance", "velocity", 0.3, output, x, jnp.full(3, 0.6), jnp.full(3, 0.5), jnp.array(many))
         np.testing.assert_array_equal(a[0], b[0])
         np.testing.assert_array_equal(a[1], b[1])
+        assert a[1].shape == b[1].shape == (3, 1)
 
 
 def test_prediction_types_agree():
@@ -186,7 +187,8 @@ def test_log_prob_is_the_mean_gaussian_log_density():
 def test_log_prob_of_a_deterministic_step_is_zero_with_finite_gradient():
     x, std = jnp.ones((2, 3)), jnp.array([[0.0], [0.4]])
     np.testing.assert_array_equal(sde.gaussian_log_prob(x, 0.5 * x, std)[0], 0)
-    value, gradients = jax.value_and_grad(lambda *a: sde.gaussian_log_prob(*a).sum(), argnums=(0, 1, 2))(x, 0.5 * x, std)
+    total = jax.value_and_grad(lambda *args: sde.gaussian_log_prob(*args).sum(), argnums=(0, 1, 2))
+    value, gradients = total(x, 0.5 * x, std)
     assert np.isfinite(value)
     for gradient in gradients:
         assert np.isfinite(gradient).all()
@@ -246,7 +248,7 @@ def test_window_and_deterministic_only_change_the_noise():
     schedule = sde.flow_schedule(8)
     moved = sde.window(schedule, 3, 2)
     assert moved.stochastic.tolist() == [i in (3, 4) for i in range(8)]
-    assert sde.window(schedule, 6, 4).stochastic.tolist() == [i == 6 for i in range(8)]  # the last step stays an ODE step
+    assert sde.window(schedule, 6, 4).stochastic.tolist() == [i == 6 for i in range(8)]  # the last step stays ODE
     assert not sde.deterministic(schedule).stochastic.any()
     for changed in (moved, sde.deterministic(schedule)):
         assert changed.sigmas is schedule.sigmas and changed.times is schedule.times

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dancegrpo_jax import sharding
+from dancegrpo_jax import sde, sharding
 from tests import oracle
 
 
@@ -54,9 +54,19 @@ class MLPPolicy:
         return (frozen["scale"] * (hidden @ trainable["fc2.kernel"] + trainable["fc2.bias"])).reshape(x.shape)
 
 
-MESHES = [None, (8, 1, 1), (2, 4, 1), (2, 2, 2)]  # (data, fsdp, tensor); None: one device
+# One policy, one size of rollout and the same meshes for all tests, so that they compile once.
+PROMPTS, GROUP, STEPS = 4, 4, 6
+POLICY = MLPPolicy()
+SCHEDULE = sde.flow_schedule(STEPS, 3.0)
+MESHES = [None, (8, 1, 1), (2, 4, 1)]  # (data, fsdp, tensor); None: one device
 
 
 def on_mesh(shape):
     """The mesh as a context; without a shape a context that does nothing."""
     return jax.set_mesh(sharding.make_mesh(*shape)) if shape else contextlib.nullcontext()
+
+
+def placed(policy, mesh):
+    """(trainable, frozen), on the mesh if there is one."""
+    params = policy.init()
+    return sharding.place_params(params, sharding.make_mesh(*mesh)) if mesh else params

@@ -61,6 +61,13 @@ class Config:
             if len(types) != n or not set(types) <= {kind, f"CrossAttn{kind}"}:
                 raise ValueError(f"UNet2DConditionModel: {name} must hold {n} of {kind!r} and 'CrossAttn{kind}' "
                                  f"(one per entry of block_out_channels), got {types}")
+        for name in ("layers_per_block", "cross_attention_dim"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"UNet2DConditionModel: {name} must be one integer, got {getattr(self, name)}")
+        for name, values in (("attention_head_dim", self.heads), ("transformer_layers_per_block", self.depths)):
+            if len(values) != n:
+                raise ValueError(f"UNet2DConditionModel: {name} must be one integer or {n} (one per entry of "
+                                 f"block_out_channels), got {values}")
         for width, heads in zip(self.block_out_channels, self.heads, strict=True):
             if width % heads:
                 raise ValueError(f"UNet2DConditionModel: width {width} is not divisible into {heads} heads "
@@ -269,8 +276,5 @@ def _transformer(level: int, config: Config, rngs: nnx.Rngs) -> SpatialTransform
                               rngs=rngs)
 
 
-def _per_level(value, levels: int) -> tuple[int, ...]:
-    values = value if isinstance(value, tuple) else (value,) * levels
-    if len(values) != levels:
-        raise ValueError(f"UNet2DConditionModel: {values} must hold one value per level, {levels}")
-    return values
+def _per_level(value: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,) * levels

@@ -230,7 +230,7 @@ class RewardSet:
       timeout: seconds that `result` waits for each host reward; what is missing then is masked. None: for ever.
     Raises: ValueError for an unknown name or option, naming the nearest known one, or for a bad value.
 
-    `weights` is {name: float}. `failures` counts masked samples of host rewards, {name: int}.
+    `weights` is {name: float}. `failures` counts masked samples of host rewards on this process, {name: int}.
     """
 
     def __init__(self, config: Mapping, *, place: Callable | None = None, threads: int = 8,
@@ -244,7 +244,7 @@ class RewardSet:
         self._timeout = timeout
         for name, options in config.items():
             if not hasattr(options, "items"):
-                raise ValueError(f"reward {name!r}: expected a dict of options, e.g. {{'weight': 1.0}}, got {options!r}")
+                raise ValueError(f"reward {name!r}: expected a dict of options like {{'weight': 1.0}}, got {options!r}")
             options = dict(options.items())
             self.weights[name] = _number(options.pop("weight", 1.0), f"reward {name!r}: weight")
             binary = options.pop("binary", None)

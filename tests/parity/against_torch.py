@@ -9,7 +9,7 @@ import torch
 from flax import nnx
 
 from dancegrpo_jax.models import convert
-from dancegrpo_jax.models.layers import split
+from dancegrpo_jax.models.layers import GroupNorm, LayerNorm, split
 
 
 def perturb(module, seed=0):
@@ -63,6 +63,18 @@ def assert_gradients_close(ours, module):
     errors = {name: np.abs(ours[name] - theirs[name]).max() / scale[name] for name in theirs}
     worst = max(errors, key=errors.get)
     assert errors[worst] <= 1e-4, (worst, errors[worst])
+
+
+def assert_same_epsilons(model, module):
+    """Every norm has the epsilon of its torch counterpart; in outputs one ten times too small may pass as rounding."""
+    ours = {}
+    for path, norm in nnx.iter_graph(model):
+        if isinstance(norm, GroupNorm | LayerNorm):
+            keys = convert.torch_names(".".join(map(str, [*path, "scale"])), norm.scale.shape)
+            ours |= {key.removesuffix(".weight"): norm.eps for key in keys}
+    theirs = {name: norm.eps for name, norm in module.named_modules()
+              if isinstance(norm, torch.nn.GroupNorm | torch.nn.LayerNorm)}
+    assert ours == theirs
 
 
 def assert_round_trip(model, module):

@@ -186,7 +186,8 @@ def test_released_clip_files(clip_pair, tmp_path):
         text, vision = config["text_config"] | OLD_KEYS, config["vision_config"] | OLD_KEYS
         return config | OLD_KEYS | {
             "text_config": text | {"hidden_act": "silu", "num_hidden_layers": 99}, "vision_config": vision,
-            "text_config_dict": {key: text[key] for key in ("hidden_act", "num_hidden_layers")}, "vision_config_dict": None}
+            "text_config_dict": {key: text[key] for key in ("hidden_act", "num_hidden_layers")},
+            "vision_config_dict": None}
 
     buffers = {f"{tower}_model.embeddings.position_ids": np.arange(9)[None] for tower in ("text", "vision")}
     old = rewrite(folder, tmp_path / "old", older, "", buffers)

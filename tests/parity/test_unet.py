@@ -14,7 +14,8 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from against_torch import (assert_close, assert_gradients_close, assert_low_precision_close,  # noqa: E402
-                           assert_released_size, assert_round_trip, from_torch, perturb, to_torch)
+                           assert_released_size, assert_round_trip, assert_same_epsilons, from_torch, perturb,
+                           to_torch)
 
 CONFIG = dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
               up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), block_out_channels=(12, 24), norm_num_groups=4,
@@ -67,10 +68,11 @@ def test_forward_and_gradients(case):
     assert_close(ours, from_torch(theirs))
     assert_gradients_close(gradients, reference)
     assert_round_trip(model, reference)
+    assert_same_epsilons(model, reference)
 
 
 def test_bfloat16(case):
-    reference, model, remat = case
+    reference, model, _ = case
     (sample, timestep, context), _ = inputs()
     with torch.no_grad():
         theirs = reference(to_torch(sample), torch.from_numpy(timestep), torch.from_numpy(context)).sample
@@ -105,7 +107,9 @@ def test_errors():
         UNet2DConditionModel.Config(**CONFIG | {"down_block_types": ("CrossAttnDownBlock2D", "AttnDownBlock2D")})
     with pytest.raises(ValueError, match="width 12 is not divisible into 5 heads"):
         UNet2DConditionModel.Config(**CONFIG, attention_head_dim=5)
-    with pytest.raises(ValueError, match="one value per level, 2"):
-        UNet2DConditionModel.Config(**CONFIG, transformer_layers_per_block=(1, 1, 1))
+    with pytest.raises(ValueError, match="transformer_layers_per_block must be one integer or 2"):
+        UNet2DConditionModel.Config(**CONFIG, attention_head_dim=3, transformer_layers_per_block=(1, 1, 1))
+    with pytest.raises(ValueError, match="layers_per_block must be one integer"):
+        UNet2DConditionModel.Config(**CONFIG, attention_head_dim=3, layers_per_block=(1, 2))
     with pytest.raises(convert.CheckpointError, match="flip_sin_to_cos=False is not supported"):
         convert.parse_config(UNet2DConditionModel.Config, {"flip_sin_to_cos": False})

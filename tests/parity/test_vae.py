@@ -15,7 +15,8 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from against_torch import (assert_close, assert_gradients_close, assert_low_precision_close,  # noqa: E402
-                           assert_released_size, assert_round_trip, from_torch, perturb, to_torch)
+                           assert_released_size, assert_round_trip, assert_same_epsilons, from_torch, perturb,
+                           to_torch)
 
 CONFIG = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
               block_out_channels=(8, 12), norm_num_groups=4)
@@ -77,6 +78,7 @@ def test_encode_decode_and_gradients(pair):
         assert_close(y, from_torch(expected))
     assert_gradients_close(gradients, reference)
     assert_round_trip(model, reference)
+    assert_same_epsilons(model, reference)
 
 
 def test_bfloat16(pair):
@@ -123,19 +125,20 @@ def test_legacy_attention_names(pair, tmp_path):
 
 
 def test_latent_scale_and_clamp():
-    """(z - shift) * scaling and back; a shift of null is none; log-variances stay in [-30, 20]."""
-    config = AutoencoderKL.Config(**CONFIG | VARIANTS["flux"])
-    vae = AutoencoderKL(config, rngs=nnx.Rngs(0))
+    """(z - shift) * scaling and back, a shift of null is none; log-variances stay in [-30, 20]."""
+    small = dict(block_out_channels=(4,), norm_num_groups=2)
     z = np.linspace(-3, 3, 7, dtype=np.float32)
-    np.testing.assert_allclose(vae.normalize_latents(z), (z - 0.1159) * 0.3611, rtol=1e-6)
-    np.testing.assert_allclose(vae.denormalize_latents(vae.normalize_latents(z)), z, rtol=1e-5, atol=1e-6)
-
-    vae.encoder.conv_out.bias[...] = vae.encoder.conv_out.bias[...].at[6].set(1e3).at[7].set(-1e3)
-    logvar = vae.encode(jnp.zeros((1, 4, 4, 3)))[1]
-    assert logvar[..., 0].min() == 20 and logvar[..., 1].max() == -30
-
-    plain = nnx.eval_shape(lambda: AutoencoderKL(AutoencoderKL.Config(**CONFIG), rngs=nnx.Rngs(0)))
+    shifted = AutoencoderKL(AutoencoderKL.Config(**small, scaling_factor=0.3611, shift_factor=0.1159), rngs=nnx.Rngs(0))
+    plain = AutoencoderKL(AutoencoderKL.Config(**small), rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(shifted.normalize_latents(z), (z - 0.1159) * 0.3611, rtol=1e-6)
+    np.testing.assert_allclose(shifted.denormalize_latents(z), z / 0.3611 + 0.1159, rtol=1e-6)
     np.testing.assert_allclose(plain.normalize_latents(z), z * 0.18215, rtol=1e-6)
+    np.testing.assert_allclose(plain.denormalize_latents(z), z / 0.18215, rtol=1e-6)
+
+    graphdef, params = split(plain)
+    params["quant_conv.bias"] = jnp.array([0, 0, 0, 0, 1e3, -1e3, 0, 0])
+    logvar = jax.jit(lambda params: merge(graphdef, params).encode(jnp.zeros((1, 4, 4, 3)))[1])(params)
+    assert logvar[..., 0].min() == 20 and logvar[..., 1].max() == -30
 
 
 @pytest.mark.parametrize(("manifest", "variant", "total"), [
