@@ -175,7 +175,7 @@ def tokenize(tokenizer, captions):
 
 def latent_data(root: Path, count: int, noise: float, seed: int, log):
     """`count` scenes as (unit-scale latents [N, 8, 8, 4], caption ids [N, L]) with noisy captions, encoded once."""
-    cache = root / "latents.npz"
+    cache = root / f"latents_{noise}.npz"
     if cache.exists():
         data = np.load(cache)
         return data["latents"], data["ids"]

@@ -42,7 +42,7 @@ def test_zero_variance_groups_get_exactly_zero():
 
 
 def test_groups_with_fewer_than_two_valid_samples_get_zero():
-    rewards = np.float32([[1, 2, 3], [1, 2, 3], [1, 2, 3]])
+    rewards = np.float32([[1, 2, 3], [1, 2, 3], [1, 7, 3]])
     ok = np.array([[False, True, False], [False, False, False], [True, False, True]])
     expected = [[0, 0, 0], [0, 0, 0], [-0.5**0.5, 0, 0.5**0.5]]
     np.testing.assert_allclose(grpo.group_advantages(rewards, ok), expected, rtol=1e-6)
