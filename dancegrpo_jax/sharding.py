@@ -29,17 +29,9 @@ RULES = (
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     """Builds the mesh over all devices; one axis may be -1, "the rest".
 
-    Raises: ValueError if the axes do not multiply to the number of devices.
+    `config.validate` explains what is wrong with axes that do not multiply to the number of devices.
     """
-    shape, devices = [data, fsdp, tensor], jax.device_count()
-    if -1 in shape:
-        known = -int(np.prod(shape))
-        if devices % known:
-            raise ValueError(f"config.mesh={dict(zip(AXES, shape))}: {devices} devices are not divisible by {known}")
-        shape[shape.index(-1)] = devices // known
-    if int(np.prod(shape)) != devices:
-        raise ValueError(f"config.mesh={dict(zip(AXES, shape))}: the axes multiply to {int(np.prod(shape))}, "
-                         f"but there are {devices} devices; use -1 for one axis")
+    shape = np.arange(jax.device_count()).reshape(data, fsdp, tensor).shape
     # Auto axes: jax 0.10 defaults to explicit ones, which break scan carries.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -2,8 +2,8 @@
 
 Makes the folders of dancegrpo_jax/worlds/weights: a small CLIP, and two pipelines in the diffusers layout that share
 its text encoder and one small autoencoder, `flow` (FLUX transformer) and `diffusion` (Stable Diffusion UNet). The base
-models learn from noisy captions (each attribute word is wrong with probability --caption_noise, as captions of the web
-are), so they draw sharp scenes that often disagree with the caption: able but misaligned, which is what GRPO needs.
+models first learn to obey true captions, then see noisy ones for --noisy_steps steps (each attribute word is wrong with
+probability --caption_noise, as captions of the web are): able but misaligned, which is what GRPO needs.
 
 Stages run in order and each is skipped if its folder exists; delete a folder to make it again. `--steps` scales nothing
 else: the learning-rate schedule ends where the steps do. The same seed gives the same weights on the same machine.
@@ -44,6 +44,7 @@ UNET = unet.UNet2DConditionModel.Config(sample_size=8, block_out_channels=(48, 9
                    attention_head_dim=4, norm_num_groups=16)
 DDPM = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
         "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False, "prediction_type": "epsilon"}
+CAPTIONS = [shapes.caption(spec) for spec in shapes.all_specs()]
 
 
 def clip_config(vocab_size: int) -> clip.CLIPConfig:
@@ -71,8 +72,8 @@ class Log:
 def fit(loss_fn, params, batches, steps: int, learning_rate: float, log, save, every=500, ema=0.999):
     """Minimises `loss_fn(params, batch, key) -> (loss, metrics)` by AdamW with warm-up and cosine decay.
 
-    The exponential moving average of the weights goes to `save(params)` now and then and at the end; if that returns
-    True training is done.
+    The exponential moving average of the weights is returned, and goes to `save(params)` now and then and at the end;
+    if that returns True training is done.
     """
     schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, min(200, steps // 10 + 1), steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-4))
@@ -98,6 +99,7 @@ def fit(loss_fn, params, batches, steps: int, learning_rate: float, log, save, e
             if save(average):
                 log("  good enough, stopped")
                 break
+    return average
 
 
 def train_clip(out: Path, steps: int, seed: int, log):
@@ -106,13 +108,13 @@ def train_clip(out: Path, steps: int, seed: int, log):
     tokenizer = CLIPTokenizer.from_pretrained(out)
     config = clip_config(len(tokenizer))
     graphdef, params = split(clip.CLIPModel(config, rngs=nnx.Rngs(seed)))
-    rng = np.random.default_rng(seed)
+    rng, all_ids = np.random.default_rng(seed), tokenize(tokenizer, CAPTIONS)
     mean, std = np.float32(clip.IMAGE_MEAN), np.float32(clip.IMAGE_STD)
 
     def batches():
         while True:
-            images, captions = shapes.pretraining_batch(rng, 128, 0.0)
-            yield (images / np.float32(255) - mean) / std, tokenize(tokenizer, captions)
+            images, index = shapes.pretraining_batch(rng, 128)
+            yield (images / np.float32(255) - mean) / std, all_ids[index]
 
     def loss_fn(params, batch, key):
         images, ids = batch
@@ -142,7 +144,7 @@ def train_vae(out: Path, steps: int, seed: int, log):
 
     def batches():
         while True:
-            yield shapes.pretraining_batch(rng, 32, 0.0)[0] / np.float32(127.5) - 1
+            yield shapes.pretraining_batch(rng, 32)[0] / np.float32(127.5) - 1
 
     def loss_fn(params, images, key):
         model = merge(graphdef, params)
@@ -153,7 +155,7 @@ def train_vae(out: Path, steps: int, seed: int, log):
         kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).mean()
         return l1 + l2 + 1e-3 * kl, {"l1": l1, "mse": l2, "kl": kl}
 
-    test_images, test_captions = shapes.pretraining_batch(np.random.default_rng(seed + 4), 512, 0.0)
+    test_images, index = shapes.pretraining_batch(np.random.default_rng(seed + 4), 512)
     encode = jax.jit(lambda p, x: merge(graphdef, p).encode(x)[0])
     decode = jax.jit(lambda p, z: jnp.clip(merge(graphdef, p).decode(z) / 2 + 0.5, 0, 1))
 
@@ -161,7 +163,7 @@ def train_vae(out: Path, steps: int, seed: int, log):
         latents = encode(params, test_images / np.float32(127.5) - 1)
         config = dataclasses.replace(VAE, scaling_factor=float(1 / latents.std()), shift_factor=float(latents.mean()))
         save_model(out, vae.AutoencoderKL, config, params)
-        strict, _ = verifier.score_batch(np.asarray(decode(params, latents)), test_captions)
+        strict, _ = verifier.score_batch(np.asarray(decode(params, latents)), [CAPTIONS[i] for i in index])
         log(f"  verifier accepts {strict.mean():.3f} of the reconstructions")
         return strict.mean() >= 0.98
     fit(loss_fn, params, batches(), steps, 2e-3, log, save)
@@ -173,47 +175,48 @@ def tokenize(tokenizer, captions):
                      return_tensors="np")["input_ids"].astype(np.int32)
 
 
-def latent_data(root: Path, count: int, noise: float, seed: int, log):
-    """`count` scenes as (unit-scale latents [N, 8, 8, 4], caption ids [N, L]) with noisy captions, encoded once."""
-    cache = root / f"latents_{noise}.npz"
+def latent_data(root: Path, count: int, seed: int, log):
+    """`count` scenes as (unit-scale latents [N, 8, 8, 4], index of the spec [N]), encoded once."""
+    cache = root / "latents.npz"
     if cache.exists():
         data = np.load(cache)
-        return data["latents"], data["ids"]
+        return data["latents"], data["index"]
     graphdef, params = split(load_model(vae.AutoencoderKL, root / "vae"))
     encode = jax.jit(lambda p, x: merge(graphdef, p).normalize_latents(merge(graphdef, p).encode(x)[0]))
-    tokenizer = CLIPTokenizer.from_pretrained(root / "clip")
     rng = np.random.default_rng(seed + 2)
-    latents, ids = [], []
+    latents, index = [], []
     for _ in range(count // 500):
-        images, captions = shapes.pretraining_batch(rng, 500, noise)
+        images, specs = shapes.pretraining_batch(rng, 500)
         latents.append(np.asarray(encode(params, images / np.float32(127.5) - 1)))
-        ids.append(tokenize(tokenizer, captions))
-    latents, ids = np.concatenate(latents), np.concatenate(ids)
-    log(f"encoded {len(ids)} scenes: latents mean {latents.mean():.3f} std {latents.std():.3f}")
-    np.savez(cache, latents=latents, ids=ids)
-    return latents, ids
+        index.append(specs)
+    latents, index = np.concatenate(latents), np.concatenate(index)
+    log(f"encoded {len(index)} scenes: latents mean {latents.mean():.3f} std {latents.std():.3f}")
+    np.savez(cache, latents=latents, index=index)
+    return latents, index
 
 
-def train_base(paradigm: str, out: Path, root: Path, steps: int, seed: int, noise: float, scenes: int, log):
+def train_base(paradigm: str, out: Path, root: Path, args, log):
     """Flow matching (FLUX) or denoising (UNet) in the latent space, conditioned on the CLIP text tower."""
-    latents, ids = latent_data(root, scenes, noise, seed, log)
+    latents, index = latent_data(root, args.scenes, args.seed, log)
     clip_model = load_model(clip.CLIPModel, root / "clip")
     text_graph, text = split(clip_model.text_model)
     config, model_class, name = ((FLUX, flux.FluxTransformer2DModel, "transformer") if paradigm == "flow"
                                  else (UNET, unet.UNet2DConditionModel, "unet"))
     exists = (out / name / "config.json").exists()
-    graphdef, params = split(load_model(model_class, out / name) if exists else model_class(config, rngs=nnx.Rngs(seed)))
-    captions, index = np.unique(ids, axis=0, return_inverse=True)
-    hidden, pooled = (np.asarray(x) for x in jax.jit(lambda p, i: merge(text_graph, p)(i))(text, captions))
-    index = index.reshape(-1)
-    rng = np.random.default_rng(seed + 3)
+    graphdef, params = split(load_model(model_class, out / name) if exists
+                             else model_class(config, rngs=nnx.Rngs(args.seed)))
+    ids = tokenize(CLIPTokenizer.from_pretrained(root / "clip"), CAPTIONS)
+    hidden, pooled = (np.asarray(x) for x in jax.jit(lambda p, i: merge(text_graph, p)(i))(text, ids))
+    specs, number = shapes.all_specs(), {text: i for i, text in enumerate(CAPTIONS)}
+    rng = np.random.default_rng(args.seed + 3)
     schedule = ddim_schedule(1000, steps_offset=0)
     noise_levels = jnp.asarray(schedule.sigmas[:-1][::-1])  # sigma of training timestep 0..999
 
-    def batches():
+    def batches(noise):
         while True:
             rows = rng.integers(len(latents), size=64)
-            yield latents[rows], hidden[index[rows]], pooled[index[rows]]
+            texts = [number[shapes.caption(shapes.corrupt(specs[i], rng, noise))] for i in index[rows]]
+            yield latents[rows], hidden[texts], pooled[texts]
 
     def loss_fn(params, batch, key):
         x0, hidden, pooled = batch
@@ -235,7 +238,9 @@ def train_base(paradigm: str, out: Path, root: Path, steps: int, seed: int, nois
     def save(params):
         write_pipeline(out, root, paradigm)
         save_model(out / name, model_class, config, params)
-    fit(loss_fn, params, batches(), steps, 1e-3, log, save)
+    steps = {"flow": 8000, "diffusion": 8000}[paradigm] if args.steps is None else args.steps
+    params = fit(loss_fn, params, batches(0.0), steps, 1e-3, log, save)
+    fit(loss_fn, params, batches(args.caption_noise), args.noisy_steps, 3e-4, log, save)
 
 
 def write_pipeline(out: Path, root: Path, paradigm: str):
@@ -267,9 +272,11 @@ def main():
     parser.add_argument("--out", type=Path, default=weights, help="folder of the weights (default: %(default)s)")
     parser.add_argument("--stages", nargs="+", default=["clip", "vae", "flow", "diffusion"],
                         choices=["clip", "vae", "flow", "diffusion"], help="what to make, in this order")
-    parser.add_argument("--steps", type=int, help="training steps (defaults: clip 2000, vae 2500, flow 3600, diffusion 2800)")
+    parser.add_argument("--steps", type=int, help="training steps (defaults: clip 2000, vae 2500, flow and diffusion 8000 with true captions)")
     parser.add_argument("--scenes", type=int, default=120_000, help="scenes of the base models' training set")
-    parser.add_argument("--caption_noise", type=float, default=0.2, help="probability that an attribute word is wrong")
+    parser.add_argument("--noisy_steps", type=int, default=600, help="steps with noisy captions, last (default: %(default)s)")
+    parser.add_argument("--caption_noise", type=float, default=0.35, help="probability that an attribute word is wrong "
+                        "there (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="train the base models' existing weights further, with a "
                         "fresh optimizer, instead of skipping the stage")
     parser.add_argument("--seed", type=int, default=0)
@@ -280,13 +287,13 @@ def main():
         if (out / "config.json").exists() or (out / "model_index.json").exists() and not args.resume:
             log(f"{out} exists, skipped")
             continue
-        log(f"{stage}: seed {args.seed}, steps {args.steps or 'default'}, caption noise {args.caption_noise}, jax {jax.__version__}, {os.cpu_count()} cores")
+        log(f"{stage}: seed {args.seed}, steps {'default' if args.steps is None else args.steps}, jax {jax.__version__}, {os.cpu_count()} cores")
         if stage == "clip":
             train_clip(out, args.steps or 2000, args.seed, log)
         elif stage == "vae":
             train_vae(out, args.steps or 2500, args.seed, log)
         else:
-            train_base(stage, out, args.out, args.steps or {"flow": 3600, "diffusion": 2800}[stage], args.seed, args.caption_noise, args.scenes, log)
+            train_base(stage, out, args.out, args, log)
 
 
 if __name__ == "__main__":

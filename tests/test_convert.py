@@ -135,7 +135,12 @@ def add(tensors):
     tensors["blocks.2.norm.bias"] = np.zeros(4, np.float32)
 
 
+def both_spellings(tensors):
+    tensors["old_conv.weight"] = tensors["conv.weight"]
+
+
 @pytest.mark.parametrize(("change", "message"), [
+    (both_spellings, r"'(old_)?conv\.weight' and '(old_)?conv\.weight' both mean 'conv\.weight'"),
     (drop, r"missing key 'blocks\.1\.net\.0\.bias'; nearest: 'blocks\.1\.net\.00\.bias'"),
     (transpose, r"'blocks\.1\.net\.0\.weight' has shape \(4, 8\), expected \(8, 4\)"),
     (broadcastable, r"'blocks\.1\.norm\.bias' has shape \(1,\), expected \(4,\)"),

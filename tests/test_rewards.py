@@ -334,7 +334,8 @@ def test_color():
 
 
 def test_verifier():
-    images, captions = shapes.pretraining_batch(np.random.default_rng(0), 6, caption_noise=0.0)
+    images, index = shapes.pretraining_batch(np.random.default_rng(0), 6)
+    captions = [shapes.caption(shapes.all_specs()[i]) for i in index]
     grey = np.full_like(images, 40)
     pairs = np.stack([images, grey], 1) / np.float32(255)
     config = {"soft": {"reward": "verifier"}, "strict": {"reward": "verifier", "mode": "strict"}}

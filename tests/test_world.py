@@ -132,16 +132,21 @@ def test_render_puts_colours_on_the_ground():
     assert tuple(images[1, 20, 8]) == shapes.COLOURS["red"] and tuple(images[1, 10, 23]) == shapes.COLOURS["cyan"]
 
 
-def test_pretraining_batch_is_seeded_even_and_noisy_in_captions_only():
-    def draw(seed, noise):
-        return shapes.pretraining_batch(np.random.default_rng(seed), 120, noise)
+def test_pretraining_batch_is_seeded_and_follows_its_specs():
+    def draw(seed):
+        return shapes.pretraining_batch(np.random.default_rng(seed), 240)
 
-    (a, text_a), (b, text_b), (other, _) = draw(3, 0.4), draw(3, 0.4), draw(4, 0.4)
+    (a, index_a), (b, index_b), (other, _) = draw(3), draw(3), draw(4)
     np.testing.assert_array_equal(a, b)
-    assert text_a == text_b and (a != other).any() and a.shape == (120, 32, 32, 3) and a.dtype == np.uint8
-    assert min(sum(parse(t).task == task for t in text_a) for task in TASKS) >= 8
-    assert verifier.score_batch(*draw(3, 0.0))[0].mean() >= 0.97
-    assert verifier.score_batch(a, text_a)[0].mean() < 0.6
+    np.testing.assert_array_equal(index_a, index_b)
+    assert (a != other).any() and a.shape == (240, 32, 32, 3) and a.dtype == np.uint8
+    specs = [shapes.all_specs()[i] for i in index_a]
+    counts = {task: sum(spec.task == task for spec in specs) for task in TASKS}
+    assert min(counts.values()) >= 5 and counts["position"] > 1.5 * counts["colors"] > 1.5 * counts["single_object"]
+    assert verifier.score_batch(a, [shapes.caption(spec) for spec in specs])[0].mean() >= 0.97
+    rng = np.random.default_rng(0)
+    noisy = [shapes.caption(shapes.corrupt(spec, rng, 0.4)) for spec in specs]
+    assert verifier.score_batch(a, noisy)[0].mean() < 0.6
 
 
 # ------------------------------------------------------------------------------------------- prompts

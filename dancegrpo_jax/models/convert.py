@@ -100,12 +100,14 @@ def from_torch(tensors: Mapping[str, np.ndarray], abstract: Params, *, source="c
         new = key
         for pattern, replacement in rename:
             new = re.sub(pattern, replacement, new)
+        if new in available:
+            raise CheckpointError(f"{source}: {available[new]!r} and {key!r} both mean {new!r}; remove one of them")
         available[new] = key
 
     params = {}
     for name, leaf in abstract.items():
         names = torch_names(name, leaf.shape)
-        stacked = ".stacked." in name
+        stacked = "stacked" in name.split(".")
         out = np.empty(leaf.shape, dtype)
         for i, key in enumerate(names):
             if key not in available:
@@ -132,7 +134,7 @@ def to_torch(params: Params, dtype=None) -> dict[str, np.ndarray]:
         leaf = np.asarray(leaf if dtype is None else leaf.astype(dtype))
         names = torch_names(name, leaf.shape)
         for i, key in enumerate(names):
-            layer = leaf[i] if ".stacked." in name else leaf
+            layer = leaf[i] if "stacked" in name.split(".") else leaf
             tensors[key] = np.asarray(_to_torch_layout(name, layer), order="C")  # keeps scalars 0-d
     return tensors
 

@@ -45,11 +45,11 @@ def merge(graphdef, *params: Params) -> nnx.Module:
     for group in params:
         for name, leaf in group.items():
             flat[tuple(int(key) if key.isdigit() else key for key in name.split("."))] = leaf
-    return nnx.merge(graphdef, nnx.State.from_flat_path(flat))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def _flat(state) -> list:
-    return [(path, leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf) for path, leaf in state.flat_state()]
+    return [(path, leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf) for path, leaf in nnx.to_flat_state(state)]
 
 
 class Linear(nnx.Module):

@@ -245,16 +245,16 @@ def render(scenes: list[Scene]) -> np.ndarray:
     return np.rint(canvas[:, pad:-pad, pad:-pad]).astype(np.uint8)
 
 
-def pretraining_batch(rng: np.random.Generator, n: int, caption_noise: float) -> tuple[np.ndarray, list[str]]:
-    """Images uint8 [n, 32, 32, 3] and captions, tasks mixed evenly.
+def pretraining_batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [n, 32, 32, 3] and the indices in `all_specs()` of the specs they follow, int [n].
 
-    The scene follows the true spec and the caption is corrupted (see `corrupt`) with probability caption_noise a
-    word, as captions of the web are: a model trained on them draws well but obeys loosely.
+    Tasks come in the shares of the prompt sets: those with more to tell apart are seen more often.
     """
-    tasks = [_by_task()[TASKS[t]] for t in rng.integers(len(TASKS), size=n)]
-    specs = [task[rng.integers(len(task))] for task in tasks]
-    images = render([sample_scene(spec, rng) for spec in specs])
-    return images, [caption(corrupt(spec, rng, caption_noise)) for spec in specs]
+    shares = np.array([_SHARES[task] for task in TASKS])
+    counts = np.array([len(_by_task()[task]) for task in TASKS])
+    task = rng.choice(len(TASKS), n, p=shares / shares.sum())
+    index = np.concatenate([[0], counts.cumsum()])[task] + rng.integers(counts[task])
+    return render([sample_scene(all_specs()[i], rng) for i in index]), index
 
 
 # ------------------------------------------------------------------------------------------- prompts
