@@ -75,6 +75,8 @@ def fit(loss_fn, params, batches, steps: int, learning_rate: float, log, save, e
     The exponential moving average of the weights is returned, and goes to `save(params)` now and then and at the end;
     if that returns True training is done.
     """
+    if not steps:
+        return params
     schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, min(200, steps // 10 + 1), steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-4))
 
