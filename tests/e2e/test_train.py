@@ -32,7 +32,8 @@ def workspace(tmp_path_factory):
 def command(workspace: Path, run: str, *overrides: str, paradigm: str = "flow") -> list[str]:
     settings = {
         "run_dir": workspace / run, "steps": STEPS, "model.folder": workspace / paradigm, "sampler.steps": 4,
-        "sampler.eval_steps": 4, "data.prompts_per_step": 4, "data.group_size": 4, "data.chunks": 2, "grpo.microbatch": 16,
+        "sampler.window": 2, "sampler.eval_steps": 4, "model.lora.rank": 0,
+        "data.prompts_per_step": 4, "data.group_size": 4, "data.chunks": 2, "grpo.microbatch": 16,
         "eval.num_prompts": 8, "eval.batch": 8, "eval.every": 3, "checkpoint.every": 1, "log.prompts_in_grid": 2,
         "optim.learning_rate": 1e-3, "optim.ema_decay": 0.9, "rewards": '{"color": {}, "jpeg": {"weight": 0.5}}',
         "eval.rewards": '{"color": {}}'}
