@@ -276,8 +276,8 @@ def main():
                         choices=["clip", "vae", "flow", "diffusion"], help="what to make, in this order")
     parser.add_argument("--steps", type=int, help="training steps (defaults: clip 2000, vae 2500, flow and diffusion 8000 with true captions)")
     parser.add_argument("--scenes", type=int, default=120_000, help="scenes of the base models' training set")
-    parser.add_argument("--noisy_steps", type=int, default=600, help="steps with noisy captions, last (default: %(default)s)")
-    parser.add_argument("--caption_noise", type=float, default=0.35, help="probability that an attribute word is wrong "
+    parser.add_argument("--noisy_steps", type=int, default=300, help="steps with noisy captions, last (default: %(default)s)")
+    parser.add_argument("--caption_noise", type=float, default=0.15, help="probability that an attribute word is wrong "
                         "there (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="train the base models' existing weights further, with a "
                         "fresh optimizer, instead of skipping the stage")
