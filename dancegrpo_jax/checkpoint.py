@@ -86,31 +86,31 @@ class Checkpointer:
         Raises: CheckpointError if an intact checkpoint does not fit `abstract_state`, naming the first key that
           differs, or cannot be read.
         """
-        self.wait()
         expected = _named(abstract_state)
-        self._bad = []
-        steps, unfinished = self._scan()
-        for name in unfinished:
-            _warn(f"checkpoint {self.directory / name} is half-written; it is skipped")
-        for step in sorted(steps, reverse=True):
-            folder = self.directory / str(step)
-            record, reason = self._on_primary(lambda folder=folder: _check(folder))
-            if reason:
-                _warn(f"checkpoint {folder} is skipped: {reason}")
-                self._bad.append(step)
-                continue
-            _compare(folder, record["arrays"], expected)
-            targets = {name: _target(leaf) for name, leaf in expected.items()}
-            try:
-                with ocp.StandardCheckpointer() as reader:
-                    restored = reader.restore(folder / "state", targets)
-            except Exception as error:
-                raise CheckpointError(f"checkpoint {folder} is intact but unreadable: {_one_line(error)}") from error
-            state = jax.tree.unflatten(jax.tree.structure(abstract_state), [restored[name] for name in expected])
-            return step, state, record["meta"]
-        if steps:
-            _warn(f"{self.directory} holds no usable checkpoint; starting from the beginning")
-        return None
+        step, record = self._newest()
+        if step is None:
+            return None
+        folder = self.directory / str(step)
+        _compare(folder, record["arrays"], expected)
+        restored = _read(folder, expected)
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), [restored[name] for name in expected])
+        return step, state, record["meta"]
+
+    def restore_weights(self, abstract_params: Mapping) -> tuple[int, dict]:
+        """The weights to evaluate and export of the newest intact checkpoint, without optimizer state: (step, params).
+
+        They are the moving average, if the run keeps one. Args and errors as for `restore_latest`; also
+        CheckpointError if there is no usable checkpoint.
+        """
+        step, record = self._newest()
+        if step is None:
+            raise CheckpointError(f"{self.directory}: no usable checkpoint; train first, or name another run")
+        folder = self.directory / str(step)
+        prefix = "ema." if any(name.startswith("ema.") for name in record["arrays"]) else "trainable."
+        expected = {prefix + name: leaf for name, leaf in abstract_params.items()}
+        _compare(folder, {name: text for name, text in record["arrays"].items() if name.startswith(prefix)}, expected)
+        restored = _read(folder, expected)
+        return step, {name.removeprefix(prefix): leaf for name, leaf in restored.items()}
 
     def wait(self) -> None:
         """Returns when the save under way is complete. Raises: CheckpointError if it failed."""
@@ -136,6 +136,24 @@ class Checkpointer:
         self.close()
 
     # ---------------------------------------------------------------- inside
+
+    def _newest(self) -> tuple[int | None, dict | None]:
+        """(step, record) of the newest intact checkpoint; damaged and half-written ones are skipped with a warning."""
+        self.wait()
+        self._bad = []
+        steps, unfinished = self._scan()
+        for name in unfinished:
+            _warn(f"checkpoint {self.directory / name} is half-written; it is skipped")
+        for step in sorted(steps, reverse=True):
+            folder = self.directory / str(step)
+            record, reason = self._on_primary(lambda folder=folder: _check(folder))
+            if not reason:
+                return step, record
+            _warn(f"checkpoint {folder} is skipped: {reason}")
+            self._bad.append(step)
+        if steps:
+            _warn(f"{self.directory} holds no usable checkpoint")
+        return None, None
 
     def _open(self) -> ocp.CheckpointManager:
         """The manager, made at the first save: restoring alone must not touch the folder of a run that is writing."""
@@ -216,6 +234,17 @@ def _describe(leaf) -> str:
 def _target(leaf) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _read(folder, expected: dict) -> dict:
+    """The arrays named in `expected`, with its shardings; other arrays of the checkpoint are not read."""
+    targets = {name: _target(leaf) for name, leaf in expected.items()}
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            return reader.restore(folder / "state", args=ocp.args.PyTreeRestore(
+                item=targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets), partial_restore=True))
+    except Exception as error:
+        raise CheckpointError(f"checkpoint {folder} is intact but unreadable: {_one_line(error)}") from error
 
 
 def _compare(folder, stored: dict[str, str], expected: dict) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import runpy
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,9 @@ from ml_collections import ConfigDict
 
 # The choices of sde.py and grpo.py, spelled again so that help and config errors come without importing jax.
 FLOW_KERNELS, DIFFUSION_KERNELS = ("dance", "flow", "cps"), ("ddim", "sde")
+TIME_ROUNDING = ("exact", "int", "bf16_ref")
 COMBINE = ("advantages", "rewards", "gdpo")
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 class ConfigError(ValueError):
@@ -73,13 +76,17 @@ KEYS: dict[str, Key] = {
     "steps": Key(100, _at_least(1), "iterations; one is a rollout and its updates"),
 
     "model.policy": Key("stable_diffusion", _POLICY, "family of the base model"),
-    "model.folder": Key("", _NOT_EMPTY, "pipeline folder in the diffusers layout"),
+    "model.folder": Key("", _NOT_EMPTY, "pipeline in the diffusers layout: a folder, or a hub id owner/name[@revision]"),
     "model.dtype": Key("float32", _one_of("float32", "bfloat16"), "compute dtype of the networks; weights are float32"),
     "model.remat": Key(True, _ANY, "recompute activations in the backward pass: less memory, about 1/3 more compute"),
     "model.height": Key(512, _at_least(8, 8), "of the images, pixels"),
     "model.width": Key(512, _at_least(8, 8), "of the images, pixels"),
     "model.guidance_scale": Key(1.0, _at_least(0), "classifier-free guidance in rollout and update; 1 = off"),
     "model.embedded_guidance": Key(3.5, _at_least(0), "guidance that distilled models (FLUX dev) take as an input"),
+    "model.text_length": Key(0, _at_least(0), "tokens of the longest text encoder (T5); 0 = as its tokenizer says"),
+    "model.decode_batch": Key(0, _at_least(0), "latents decoded at a time on each device, to bound memory; 0 = all"),
+    "model.decode_tile": Key(0, _at_least(0, 8), "side of the VAE's tiles in pixels; larger images are decoded in "
+                             "overlapping tiles; 0 = never"),
     "model.lora.rank": Key(0, _at_least(0), "of the adapters; 0 trains all weights of the denoiser"),
     "model.lora.alpha": Key(0.0, _at_least(0), "adapters are scaled by alpha / rank; 0 = 2 * rank"),
     "model.lora.targets": Key((r".*attn.*\.to_(q|k|v|out\.0)",), _ANY, "regexes of layer names that get adapters"),
@@ -89,15 +96,19 @@ KEYS: dict[str, Key] = {
                           f"{', '.join(DIFFUSION_KERNELS)} (diffusion)"),
     "sampler.eta": Key(1.0, _POSITIVE, "strength of the sampling noise; 0.3 for dance, 0.7 for flow, 1.0 for ddim"),
     "sampler.steps": Key(50, _between(2, 1000), "denoising steps of the rollout (T)"),
-    "sampler.shift": Key(1.0, _POSITIVE, "of the rectified-flow schedule towards noise; 3 for FLUX"),
+    "sampler.shift": Key(1.0, _at_least(0), "of the rectified-flow schedule towards noise; 3 for FLUX; 0 = as the "
+                         "checkpoint's scheduler says"),
+    "sampler.time_rounding": Key("exact", _one_of(*TIME_ROUNDING), "of the times that flow models see, as in the PyTorch "
+                                 "reference: int truncates, bf16_ref also rounds times and guidance to bfloat16"),
     "sampler.window": Key(0, _at_least(0), "noisy and trained steps only within a moving window of this size; 0 = all"),
     "sampler.window_stride": Key(1, _at_least(1), "steps by which the window moves"),
     "sampler.window_interval": Key(25, _at_least(1), "iterations between two moves of the window"),
     "sampler.shared_noise": Key(True, _ANY, "all samples of a prompt start from the same noise"),
     "sampler.eval_steps": Key(50, _between(1, 1000), "steps of the deterministic sampler in evaluation"),
 
-    "data.train": Key("", _NOT_EMPTY, "file of training prompts, one a line"),
-    "data.heldout": Key("", _NOT_EMPTY, "file of evaluation prompts, one a line"),
+    "data.train": Key("", _NOT_EMPTY, "prompts for training: .txt (one a line), .jsonl, .csv, or a TFDS folder"),
+    "data.heldout": Key("", _NOT_EMPTY, "prompts for evaluation, likewise"),
+    "data.embeddings": Key("", _ANY, "prompts encoded by launch/precompute.py; empty = encode them while training"),
     "data.prompts_per_step": Key(8, _at_least(1), "prompts in an iteration (P)"),
     "data.group_size": Key(16, _at_least(2), "samples of each prompt (G)"),
     "data.chunks": Key(1, _at_least(1), "pieces of a rollout, so that host rewards overlap with sampling; divides P"),
@@ -111,9 +122,12 @@ KEYS: dict[str, Key] = {
     "grpo.best_of": Key(0, _at_least(0, 2), "train only the best and worst halves of this many samples; 0 = all"),
     "grpo.kl_beta": Key(0.0, _at_least(0), "weight of the KL divergence to the base weights"),
     "grpo.updates_per_rollout": Key(1, _at_least(1), "optimizer updates in an iteration"),
+    "grpo.rescore": Key(False, _ANY, "with several updates: take the old log-probabilities from the update's batches instead of "
+                        "the rollout's (one more forward pass), against rounding differences in bfloat16"),
     "grpo.microbatch": Key(8, _at_least(1), "(sample, timestep) pairs in one accumulation step"),
 
-    "optim.learning_rate": Key(1e-5, _POSITIVE, "of AdamW, constant after the warm-up"),
+    "optim.learning_rate": Key(1e-5, _POSITIVE, "of AdamW, at its highest"),
+    "optim.schedule": Key("constant", _one_of(*SCHEDULES), "of the learning rate after the warm-up; all but constant end at 0"),
     "optim.b1": Key(0.9, _between(0, 1, ends="[)"), "decay of the gradient average"),
     "optim.b2": Key(0.999, _between(0, 1, ends="[)"), "decay of the squared-gradient average"),
     "optim.eps": Key(1e-8, _POSITIVE, "of AdamW"),
@@ -309,6 +323,16 @@ def _check_batch(config, devices: int | None) -> None:
               f"over {parts} devices and {grpo.updates_per_rollout} updates")
 
 
+def exit_status(command: Callable, *args) -> int:
+    """Runs a command of `launch/`: 0, or for bad input one line on stderr and 2."""
+    try:
+        command(*args)
+    except (ValueError, OSError, FloatingPointError) as error:  # ConfigError and CheckpointError are ValueErrors
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 # ------------------------------------------------------------------------------------------ loading
 
 
@@ -390,6 +414,23 @@ def load_file(path: str) -> ConfigDict:
         raise ConfigError(f"--config={path}: get_config() must return a config made by default(), "
                           f"not {type(config).__name__}")
     return config.lock()
+
+
+def run_config(run_dir) -> ConfigDict:
+    """The config that a run has left in its folder; keys that are newer than the run have their defaults.
+
+    Raises: ConfigError if there is none.
+    """
+    file = Path(run_dir) / "config.json"
+    try:
+        stored = flatten(ConfigDict(json.loads(file.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{file}: not the config of a run ({error}); name the run_dir of a training run") from error
+    config = default()
+    for name, value in stored.items():
+        if name in KEYS:
+            _assign(config, name, tuple(value) if isinstance(value, list) else value)
+    return config
 
 
 def override(config: ConfigDict, name: str, text: str) -> None:

@@ -1,11 +1,15 @@
 """Held-out evaluation: the ODE sampler, EMA weights, the same prompts and noise every time."""
 
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dancegrpo_jax.checkpoint import Checkpointer
+from dancegrpo_jax.config import run_config
+from dancegrpo_jax.models.base import configured_policy, lora_settings
 from dancegrpo_jax.rollout import sample
 from dancegrpo_jax.sde import Schedule, deterministic
 
@@ -18,20 +22,21 @@ def decode(policy, frozen, latents):
 
 @partial(jax.jit, static_argnames=("policy",))
 def encode(policy, frozen, tokens):
-    """Token ids [P, L] to the conditioning pytree of [P, ...]."""
+    """Token ids {encoder: [P, L]} to the conditioning pytree of [P, ...]."""
     return policy.encode(frozen, tokens)
 
 
-def generate(policy, params, frozen, prompts: list[str], schedule: Schedule, *, batch: int, seed: int) -> np.ndarray:
-    """ODE samples, one per prompt: uint8 [N, H, W, 3]. Image i depends on its prompt, the seed and i, not on N.
+def generate(policy, params, frozen, prompts: list[str], schedule: Schedule, *, embed, batch: int, seed: int) -> np.ndarray:
+    """ODE samples, one per prompt: uint8 [N, H, W, 3]. Image i depends on its prompt, the seed, i and the batch size.
 
-    Runs in batches of `batch` prompts (the last one is padded), so it compiles once.
+    `embed` turns a list of prompts into conditioning. Runs in batches of `batch` prompts (the last one is padded), so it
+    compiles once.
     """
     schedule = deterministic(schedule)
     images = []
     for start in range(0, len(prompts), batch):
         part = prompts[start:start + batch]
-        cond = encode(policy, frozen, policy.tokenize(part + part[-1:] * (batch - len(part))))
+        cond = embed(part + part[-1:] * (batch - len(part)))
         key = jax.random.fold_in(jax.random.key(seed), start // batch)
         latents = sample(policy, params, frozen, cond, key, schedule)
         images.append(decode(policy, frozen, latents)[:len(part)])
@@ -55,3 +60,18 @@ def evaluate(images: np.ndarray, prompts: list[str], rewards) -> dict[str, float
         metrics[f"{name}/mean"] = float(valid.mean()) if valid.size else float("nan")
         metrics[f"{name}/stderr"] = float(valid.std(ddof=1) / valid.size**0.5) if valid.size > 1 else float("nan")
     return metrics
+
+
+def load_run(run_dir, mesh=None, *, text: bool = True):
+    """What a training run has made of its base model: (config, policy, params, frozen, step).
+
+    Args:
+      mesh: where the weights go, by the rules of `sharding.py`; None: the default device.
+      text: False leaves the text encoders out.
+    Raises: ConfigError or CheckpointError if the folder holds no run or no checkpoint.
+    """
+    config = run_config(run_dir)
+    policy = configured_policy(config)
+    params, frozen = policy.load(lora_settings(config), config.seed, mesh, text=text)
+    step, params = Checkpointer(Path(run_dir) / "checkpoints").restore_weights(params)
+    return config, policy, params, frozen, step

@@ -18,6 +18,7 @@ import numpy as np
 
 FLOW_KERNELS = ("dance", "flow", "cps")
 DIFFUSION_KERNELS = ("ddim", "sde")
+TIME_ROUNDING = ("exact", "int", "bf16_ref")
 PREDICTIONS = ("velocity", "epsilon", "v_prediction", "sample")
 
 
@@ -34,14 +35,22 @@ class Schedule(NamedTuple):
     stochastic: np.ndarray
 
 
-def flow_schedule(steps: int, shift: float = 1.0) -> Schedule:
+def flow_schedule(steps: int, shift: float = 1.0, rounding: str = "exact") -> Schedule:
     """Rectified-flow schedule: linspace(1, 0, T+1) warped by shift * s / (1 + (shift - 1) s), time = 1000 sigma.
 
     The last step is deterministic: it lands on the predicted x0, which is what gets decoded (DanceGRPO, FLUX).
+
+    `rounding` of the times is for comparison with DanceGRPO's PyTorch code, which feeds "int": truncated to whole
+    numbers; "bf16_ref": that, and what a bfloat16 FLUX makes of time / 1000 before it multiplies by 1000 again.
     """
     s = np.linspace(1.0, 0.0, steps + 1, dtype=np.float32)
     sigmas = (np.float32(shift) * s / (1 + np.float32(shift - 1) * s)).astype(np.float32)
-    return Schedule(1000 * sigmas[:-1], sigmas, np.arange(steps) < steps - 1)
+    times = 1000 * sigmas[:-1]
+    if rounding != "exact":
+        times = np.trunc(times)
+    if rounding == "bf16_ref":
+        times = ((times / 1000).astype(jnp.bfloat16) * jnp.bfloat16(1000)).astype(np.float32)
+    return Schedule(times, sigmas, np.arange(steps) < steps - 1)
 
 
 def ddim_schedule(steps: int, *, num_train_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012,

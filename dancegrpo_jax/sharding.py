@@ -8,6 +8,7 @@ the same program on one device, where the constraints vanish.
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -92,6 +93,23 @@ def constrain_batch(tree, axis: int = 0):
             return leaf
         return jax.lax.with_sharding_constraint(leaf, P(*(None,) * axis, BATCH))
     return jax.tree.map(constrain, tree)
+
+
+def map_slices(function, batch, size: int):
+    """function(batch) for an array [B, ...], computed `size` items per device at a time to bound memory; 0: all at once.
+
+    Every slice takes equal parts of all devices. B must be a multiple of the devices; a last slice is padded.
+    """
+    per_device, rest = divmod(batch.shape[0], batch_devices())
+    if not size or rest or per_device <= size:
+        return function(batch)
+    devices, slices = batch_devices(), -(-per_device // size)
+    x = batch.reshape(devices, per_device, *batch.shape[1:])
+    x = jnp.pad(x, ((0, 0), (0, slices * size - per_device), *((0, 0),) * (batch.ndim - 1)))
+    x = x.reshape(devices, slices, size, *batch.shape[1:]).swapaxes(0, 1).reshape(slices, devices * size, *batch.shape[1:])
+    y = jax.lax.map(lambda part: constrain_batch(function(constrain_batch(part))), x)
+    y = y.reshape(slices, devices, size, *y.shape[2:]).swapaxes(0, 1).reshape(devices, slices * size, *y.shape[2:])
+    return y[:, :per_device].reshape(batch.shape[0], *y.shape[2:])
 
 
 def batch_devices(mesh=None) -> int:

@@ -13,14 +13,15 @@ from clu import parameter_overview
 from dancegrpo_jax import data, grpo, sharding
 from dancegrpo_jax.checkpoint import Checkpointer, PreemptionGuard
 from dancegrpo_jax.config import trained_steps, validate
+from dancegrpo_jax.embeddings import EmbeddingSet, fingerprint
 from dancegrpo_jax.evaluate import decode, encode, evaluate, generate, to_uint8
 from dancegrpo_jax.metrics import MetricWriter, Progress, StepTimer, image_grid, start_run_dir
-from dancegrpo_jax.models.base import make_policy
+from dancegrpo_jax.models.base import configured_policy, lora_settings
 from dancegrpo_jax.report import write_report
 from dancegrpo_jax.rewards.base import RewardSet
 from dancegrpo_jax.rollout import Trajectory, rollout
 from dancegrpo_jax.sde import window
-from dancegrpo_jax.update import Objective, init_state, make_examples, make_optimizer, update
+from dancegrpo_jax.update import Objective, init_state, make_examples, make_optimizer, rescore, update
 
 log = logging.getLogger(__name__)
 
@@ -39,24 +40,35 @@ def train(config) -> dict:
 def _train(config, mesh, preemption) -> dict:
     # ---------------------------------------------------------------- prompts, rewards, model, optimizer
     place = partial(sharding.place_params, mesh=mesh)
-    prompt_batches = data.prompt_batches(data.read_prompts(config.data.train), config.data.prompts_per_step, config.seed)
+    train_prompts = data.read_prompts(config.data.train)
+    prompt_batches = data.prompt_batches(train_prompts, config.data.prompts_per_step, config.seed)
     heldout = data.read_prompts(config.data.heldout)[:config.eval.num_prompts]
     rewards = RewardSet(config.rewards.to_dict(), place=place)
     eval_rewards = RewardSet(config.eval.rewards.to_dict(), place=place) if config.eval.rewards else rewards
-    policy = make_policy(
-        config.model.policy, config.model.folder, kernel=config.sampler.kernel, eta=config.sampler.eta,
-        height=config.model.height, width=config.model.width, dtype=config.model.dtype, remat=config.model.remat,
-        guidance_scale=config.model.guidance_scale, embedded_guidance=config.model.embedded_guidance)
-    lora = config.model.lora.to_dict() if config.model.lora.rank else None
-    if lora and not lora["alpha"]:
-        lora["alpha"] = 2 * lora["rank"]
+    policy = configured_policy(config)
+    embedded = EmbeddingSet(config.data.embeddings, fingerprint(policy)) if config.data.embeddings else None
+    if embedded:
+        embedded.check(train_prompts), embedded.check(heldout)
+    for name, prompts in (("train", train_prompts), ("heldout", heldout)):
+        if cut := policy.truncated(prompts):
+            log.warning("config.data.%s: %d of %d prompts are too long for the text encoder, which will not see their ends",
+                        name, cut, len(prompts))
+    lora = lora_settings(config)
     run_dir = start_run_dir(config.run_dir, config)
-    trainable, frozen = policy.load(lora, config.seed)
-    trainable, frozen = place(trainable), place(frozen)
+    trainable, frozen = policy.load(lora, config.seed, mesh, text=not embedded)
+    if embedded and config.model.guidance_scale != 1:
+        frozen["negative"] = sharding.replicate(embedded([""]), mesh)
+
+    def embed(prompts: list[str]):
+        if embedded:
+            return sharding.shard_batch(embedded(prompts), mesh)
+        return encode(policy, frozen, sharding.shard_batch(policy.tokenize(prompts), mesh))
+
     schedule = policy.schedule(config.sampler.steps, config.sampler.shift)
     eval_schedule = policy.schedule(config.sampler.eval_steps, config.sampler.shift)
-    tx = make_optimizer(config.optim)
-    objective = Objective(config.grpo.clip_range, config.grpo.kl_beta, config.optim.ema_decay)
+    tx = make_optimizer(config.optim, config.steps * config.grpo.updates_per_rollout)
+    objective = Objective(config.grpo.clip_range, config.grpo.kl_beta, config.optim.ema_decay,
+                          on_policy=config.grpo.updates_per_rollout == 1)
     state = init_state(trainable, tx=tx, with_ema=bool(config.optim.ema_decay))
     reference = {}
     if config.grpo.kl_beta:  # LoRA: adapters off; full fine-tuning: the base weights
@@ -78,7 +90,7 @@ def _train(config, mesh, preemption) -> dict:
     trained_group = config.grpo.best_of or group
 
     def evaluate_and_show(step: int, name: str | None = None) -> dict:
-        generate_now = partial(generate, policy, state.eval_params, frozen, schedule=eval_schedule,
+        generate_now = partial(generate, policy, state.eval_params, frozen, embed=embed, schedule=eval_schedule,
                                batch=config.eval.batch, seed=config.seed)
         scalars = evaluate(generate_now(heldout), heldout, eval_rewards)
         writer.scalars(step, {f"eval/{key}": value for key, value in scalars.items()})
@@ -99,6 +111,7 @@ def _train(config, mesh, preemption) -> dict:
         evaluate_and_show(0, "before")
 
     # ---------------------------------------------------------------- the loop
+    warned = False
     for iteration in range(start, config.steps):
         timer = StepTimer()
         key_step = jax.random.fold_in(key, iteration)
@@ -112,7 +125,7 @@ def _train(config, mesh, preemption) -> dict:
         conds, trajectories, images, pending = [], [], [], []
         for i in range(config.data.chunks):
             part = prompts[i * chunk:(i + 1) * chunk]
-            cond = encode(policy, frozen, sharding.shard_batch(policy.tokenize(part), mesh))
+            cond = embed(part)
             trajectory = rollout(policy, state.trainable, frozen, cond, jax.random.fold_in(key_step, i), plan,
                                  group_size=group, shared_noise=config.sampler.shared_noise)
             pixels = decode(policy, frozen, trajectory.latents[-1])
@@ -131,6 +144,8 @@ def _train(config, mesh, preemption) -> dict:
             k=trained_group, steps=trained_steps(config))
         examples = make_examples(trajectory, plan, concatenate(conds), advantage, chosen, time_index,
                                  updates=config.grpo.updates_per_rollout, microbatch=config.grpo.microbatch)
+        if config.grpo.rescore and not objective.on_policy:
+            examples = rescore(policy, state.trainable, frozen, examples)
         per_update = []
         for i in range(config.grpo.updates_per_rollout):
             state, diagnostics = update(policy, tx, objective, state, frozen, reference, examples, i)
@@ -146,6 +161,11 @@ def _train(config, mesh, preemption) -> dict:
         record["perf/samples_per_second"] = config.data.prompts_per_step * group / record["time/total"]
         writer.scalars(step, record)
         progress.update(step, record)
+        gap = max(abs(scalars[f"ratio_first/{end}"] - 1) for end in ("min", "max"))
+        if gap > config.grpo.clip_range and not objective.on_policy and not warned:
+            warned = True
+            log.warning("before any update the ratio deviates from 1 by %.1e, more than config.grpo.clip_range: rollout and "
+                        "update round differently; set config.grpo.rescore=true, or equal batches in both", gap)
         if not math.isfinite(scalars["loss"]) or not math.isfinite(scalars["grad_norm"]):
             raise FloatingPointError(f"iteration {step}: loss {scalars['loss']}, grad norm {scalars['grad_norm']}; lower "
                                      "optim.learning_rate or set optim.grad_clip, and run again to resume before it")
@@ -204,8 +224,9 @@ def combined_score(rewards: RewardSet, scores: dict) -> np.ndarray:
 
 
 def summarize(per_update: list[dict]) -> dict[str, float]:
-    """Scalars of an iteration: means over its updates, extreme ratios, and the first update's ratio apart."""
+    """Scalars of an iteration: means over its updates, extreme ratios, and of update to rollout before any update."""
     mean = {key: float(np.mean([metrics[key] for metrics in per_update])) for key in per_update[0]}
     mean["ratio/min"] = float(min(metrics["ratio/min"] for metrics in per_update))
     mean["ratio/max"] = float(max(metrics["ratio/max"] for metrics in per_update))
-    return mean | {f"ratio_first/{key}": float(per_update[0][f"ratio/{key}"]) for key in ("mean", "min", "max")}
+    first = {f"ratio_first/{key}": float(per_update[0][f"rollout_ratio/{key}"]) for key in ("mean", "min", "max")}
+    return {key: value for key, value in mean.items() if not key.startswith("rollout_ratio/")} | first

@@ -43,18 +43,27 @@ class Examples(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """Static settings of the loss. kl_beta > 0 adds a KL penalty to the reference weights."""
+    """Static settings of the loss. kl_beta > 0 adds a KL penalty to the reference weights.
+
+    on_policy: the weights are those of the rollout (one update per rollout), so the ratio is 1 and the old
+    log-probability is the update's own. That of the rollout comes from another compiled program, which in bfloat16 may
+    round differently by more than the clip range.
+    """
 
     clip_range: float = 1e-4
     kl_beta: float = 0.0
     ema_decay: float = 0.0
+    on_policy: bool = False
 
 
-def make_optimizer(config) -> optax.GradientTransformation:
-    """AdamW from `config.optim`: global-norm clipping if grad_clip > 0, linear warm-up to a constant learning rate."""
-    rate = config.learning_rate
+def make_optimizer(config, updates: int) -> optax.GradientTransformation:
+    """AdamW from `config.optim`: global-norm clipping if grad_clip > 0, linear warm-up, then the schedule over `updates`."""
+    rate, decay_steps = config.learning_rate, max(1, updates - config.warmup_steps)
+    rate = {"constant": optax.constant_schedule(rate), "linear": optax.linear_schedule(rate, 0, decay_steps),
+            "cosine": optax.cosine_decay_schedule(rate, decay_steps)}[config.schedule]
     if config.warmup_steps:
-        rate = optax.linear_schedule(0, rate, config.warmup_steps)
+        warmup = optax.linear_schedule(0, config.learning_rate, config.warmup_steps)
+        rate = optax.join_schedules((warmup, rate), (config.warmup_steps,))
     adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
     return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw) if config.grad_clip else adamw
 
@@ -116,13 +125,25 @@ def loss_fn(policy, objective: Objective, trainable, frozen, reference, batch: E
     args = (frozen, batch.cond, batch.x, batch.time, batch.sigma, batch.sigma_next, True)
     mean, std = step(policy, trainable, *args)
     log_prob = gaussian_log_prob(batch.x_next, mean, std)
-    loss, ratio = clipped_objective(log_prob, batch.log_prob, batch.advantage, objective.clip_range)
+    old = jax.lax.stop_gradient(log_prob) if objective.on_policy else batch.log_prob
+    loss, ratio = clipped_objective(log_prob, old, batch.advantage, objective.clip_range)
     kl = jnp.zeros_like(loss)
     if objective.kl_beta:
         mean_ref, _ = step(policy, reference, *args)
         kl = (jnp.square(mean - jax.lax.stop_gradient(mean_ref)) / (2 * jnp.square(std))).mean(range(1, mean.ndim))
         loss = loss + objective.kl_beta * kl
-    return loss.mean(), {"loss": loss, "ratio": ratio, "kl_base": kl}
+    rollout_ratio = jnp.exp(log_prob - batch.log_prob)
+    return loss.mean(), {"loss": loss, "ratio": ratio, "rollout_ratio": rollout_ratio, "kl_base": kl}
+
+
+@partial(jax.jit, static_argnames=("policy",))
+def rescore(policy, trainable, frozen, examples: Examples) -> Examples:
+    """The examples with the log-probabilities that the update's batches give under the rollout's weights."""
+    def score(batch):
+        batch = constrain_batch(batch)
+        mean, std = step(policy, trainable, frozen, batch.cond, batch.x, batch.time, batch.sigma, batch.sigma_next, True)
+        return gaussian_log_prob(batch.x_next, mean, std)
+    return examples._replace(log_prob=jax.lax.map(lambda updates: jax.lax.map(score, updates), examples))
 
 
 @partial(jax.jit, static_argnames=("policy", "tx", "objective"), donate_argnames=("state",))
@@ -149,5 +170,6 @@ def update(policy, tx, objective: Objective, state: TrainState, frozen, referenc
     if ema is not None:
         ema = jax.tree.map(lambda e, p: objective.ema_decay * e + (1 - objective.ema_decay) * p, ema, trainable)
     metrics = ratio_diagnostics(pairs["ratio"], examples.advantage, objective.clip_range)
+    metrics |= {f"rollout_ratio/{name}": getattr(pairs["rollout_ratio"], name)() for name in ("mean", "min", "max")}
     metrics |= {"loss": pairs["loss"].mean(), "kl_base": pairs["kl_base"].mean(), "grad_norm": optax.global_norm(grads)}
     return constrain_params(TrainState(state.step + 1, trainable, opt_state, ema)), metrics

@@ -10,20 +10,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-def main(argv: list[str]) -> int:
+def run(argv: list[str]) -> None:
     from dancegrpo_jax.config import load
+
+    config = load(argv)
+    from dancegrpo_jax.trainer import train  # after the config: errors and --help come without importing jax
+
+    train(config)
+
+
+def main(argv: list[str]) -> int:
+    from dancegrpo_jax.config import exit_status
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("dancegrpo_jax").setLevel(logging.INFO)
-    try:
-        config = load(argv)
-        from dancegrpo_jax.trainer import train  # after the config: errors and --help come without importing jax
-
-        train(config)
-    except (ValueError, FloatingPointError) as error:  # ConfigError and CheckpointError are ValueErrors
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(run, argv)
 
 
 if __name__ == "__main__":

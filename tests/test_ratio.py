@@ -67,6 +67,6 @@ def test_ratio_is_one_before_the_first_update(pipelines, paradigm, dtype, rank, 
         _, second = update(policy, tx, Objective(), state, frozen, {}, examples, 0)
     assert float(jnp.abs(trajectory.log_probs[:trained]).min()) > 0
     for bound in ("min", "max"):
-        assert abs(float(first[f"ratio/{bound}"]) - 1) <= 1e-6
+        assert abs(float(first[f"rollout_ratio/{bound}"]) - 1) <= 1e-6
     # and it is no constant: one update moves it
-    assert np.ptp([float(second["ratio/min"]), float(second["ratio/max"])]) > 1e-6
+    assert np.ptp([float(second["rollout_ratio/min"]), float(second["rollout_ratio/max"])]) > 1e-6

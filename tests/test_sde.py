@@ -222,6 +222,19 @@ def test_flow_schedule(steps, shift, expected):
     assert schedule.stochastic.tolist() == [True] * (steps - 1) + [False]
 
 
+@pytest.mark.parametrize(("rounding", "expected"), [
+    ("int", [1000, 978, 954, 928, 900, 868, 833, 794, 750, 700, 642, 576, 500, 409, 300, 166]),
+    ("bf16_ref", [1000, 976, 952, 928, 900, 868, 832, 792, 752, 700, 640, 576, 500, 408, 300, 166]),
+])
+def test_rounded_times_are_those_of_the_reference(rounding, expected):
+    """DanceGRPO's FLUX loop; only the times change, not the noise levels."""
+    schedule, exact = sde.flow_schedule(16, 3.0, rounding), sde.flow_schedule(16, 3.0)
+    np.testing.assert_array_equal(schedule.times, expected)
+    np.testing.assert_array_equal(schedule.sigmas, exact.sigmas)
+    assert schedule.times.dtype == np.float32
+    np.testing.assert_allclose(exact.times, 1000 * exact.sigmas[:-1])
+
+
 @pytest.mark.parametrize("steps", [50, 20])
 @pytest.mark.parametrize("beta_schedule", ["scaled_linear", "linear"])
 def test_ddim_schedule(steps, beta_schedule):

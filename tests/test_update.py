@@ -7,8 +7,9 @@ import optax
 import pytest
 
 from dancegrpo_jax import grpo, sde
+from dancegrpo_jax.config import default
 from dancegrpo_jax.rollout import Trajectory, rollout
-from dancegrpo_jax.update import Examples, Objective, init_state, loss_fn, make_examples, update
+from dancegrpo_jax.update import Examples, Objective, init_state, loss_fn, make_examples, make_optimizer, rescore, update
 from tests import oracle
 from tests.toy import GROUP, MESHES, POLICY, PROMPTS, SCHEDULE, STEPS, MLPPolicy, on_mesh, placed
 
@@ -175,6 +176,35 @@ def test_ratio_is_one_before_the_first_update_and_then_moves():
     _, metrics = update(POLICY, SGD, OBJECTIVE, state, frozen, {}, examples, 0)
     assert metrics["ratio/max"] - metrics["ratio/min"] > 1e-3
     assert metrics["clip_fraction/high"] > 0.1 and metrics["approx_kl"] > 0
+
+
+def test_on_policy_the_old_log_probability_is_the_updates_own():
+    """A rollout that rounded differently changes neither ratio nor gradient, and is reported."""
+    trainable, frozen, examples = collect()
+    other = examples._replace(log_prob=examples.log_prob + 0.01)
+    on_policy = Objective(on_policy=True)
+    plain, first = update(POLICY, SGD, OBJECTIVE, fresh(trainable), frozen, {}, examples, 0)
+    state, metrics = update(POLICY, SGD, on_policy, fresh(trainable), frozen, {}, other, 0)
+    assert metrics["ratio/min"] == metrics["ratio/max"] == 1 and metrics["clip_fraction/low"] == 0
+    np.testing.assert_allclose(metrics["rollout_ratio/mean"], np.exp(-0.01), rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.trainable, plain.trainable)
+    again = rescore(POLICY, trainable, frozen, other)
+    np.testing.assert_allclose(again.log_prob, examples.log_prob, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("schedule", "rates"), [("constant", [0, .5, 1, 1, 1, 1]), ("linear", [0, .5, 1, .75, .5, .25]),
+                                                 ("cosine", [0, .5, 1, .853553, .5, .146447])])
+def test_learning_rate_schedules(schedule, rates):
+    """Two updates of warm-up, then the schedule over the other four."""
+    config = default()
+    config.optim.update({"learning_rate": 1.0, "warmup_steps": 2, "schedule": schedule, "weight_decay": 0.0, "grad_clip": 0.0})
+    tx = make_optimizer(config.optim, 6)
+    params, found = {"w": jnp.zeros(())}, []
+    state = tx.init(params)
+    for _ in range(6):  # with a constant gradient Adam's step is the learning rate
+        step, state = tx.update({"w": jnp.ones(())}, state, params)
+        found.append(-float(step["w"]))
+    np.testing.assert_allclose(found, rates, atol=1e-5)
 
 
 def test_kl_is_zero_at_the_reference_and_positive_after():

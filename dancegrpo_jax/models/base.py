@@ -1,30 +1,37 @@
 """The Policy contract: everything the algorithm knows of a base model, and how one is loaded.
 
-A policy is the static half of a pipeline (graph definitions, tokenizer, transition kernel); its arrays travel beside
+A policy is the static half of a pipeline (graph definitions, tokenizers, transition kernel); its arrays travel beside
 it as two pytrees, `trainable` (a flat dict: all denoiser weights, or only the LoRA adapters) and `frozen` (a dict of
-flat dicts: the rest of the denoiser, VAE, text encoder, the encoded empty prompt). A new base model is a subclass with
-four methods, decorated with `@register`.
+flat dicts: the rest of the denoiser, VAE, text encoders, the encoded empty prompt). A new base model is a subclass with
+its own `denoise` and `schedule`, and a line in `_REGISTRY`.
 """
 
 import difflib
 import importlib
+import os
+import re
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from transformers import CLIPTokenizer
 
+from dancegrpo_jax.data import PACKAGE
 from dancegrpo_jax.models.clip import CLIPTextModel
-from dancegrpo_jax.models.convert import CheckpointError, load_model
+from dancegrpo_jax.models.convert import CheckpointError, abstract_model, load_params, read_json
 from dancegrpo_jax.models.layers import LoRAParam, merge, split
-from dancegrpo_jax.models.lora import add_lora
+from dancegrpo_jax.models.lora import add_lora, init_adapters
 from dancegrpo_jax.models.vae import AutoencoderKL
 from dancegrpo_jax.sde import Schedule
+from dancegrpo_jax.sharding import map_slices, param_shardings
 
 _REGISTRY = {"flux": "dancegrpo_jax.models.flux_policy:FluxPolicy",
              "stable_diffusion": "dancegrpo_jax.models.stable_diffusion:StableDiffusionPolicy"}
+
+HUB_FILES = ("json", "txt", "model", "safetensors")
 
 
 class Policy:
@@ -36,64 +43,124 @@ class Policy:
       kernel, eta: the transition kernel of `sde.py` used in rollout and update.
       prediction: what the denoiser predicts (`sde.PREDICTIONS`).
       latent_shape: (h, w, C) of one latent, channels last.
-      dtype: compute dtype of all networks; parameters and everything outside stay fp32.
+      dtype: compute dtype of all networks; what is trained and everything outside the networks is fp32.
       guidance_scale: classifier-free guidance, 1 = off (one network pass per step instead of two).
     """
 
+    pipeline: str  # diffusers' class, as in model_index.json
     prediction: str
     denoiser_class: type
     denoiser_folder: str
     kernels: tuple[str, ...]
 
     def __init__(self, folder, *, kernel: str, eta: float, height: int, width: int, dtype=jnp.float32,
-                 remat: bool = True, guidance_scale: float = 1.0, embedded_guidance: float = 3.5):
-        self.folder = Path(folder)
+                 remat: bool = True, guidance_scale: float = 1.0, embedded_guidance: float = 3.5, text_length: int = 0,
+                 time_rounding: str = "exact", decode_batch: int = 0, decode_tile: int = 0):
+        """Reads configs and tokenizers, no weights. The settings are those of `config.model` and `config.sampler`.
+
+        Raises: CheckpointError if `folder` (or hub id) is no pipeline of this kind; ValueError for a wrong setting.
+        """
+        self.folder = find_folder(folder)
         if kernel not in self.kernels:
             raise ValueError(f"config.sampler.kernel={kernel!r}: {type(self).__name__} takes {' or '.join(self.kernels)}")
+        index = self.folder / "model_index.json"
+        found = read_json(index).get("_class_name") if index.exists() else self.pipeline
+        if found != self.pipeline:
+            right = [name for name in _REGISTRY if policy_class(name).pipeline == found]
+            remedy = f"; set --config.model.policy={right[0]}" if right else ""
+            raise CheckpointError(f"{index}: a {found}, but {type(self).__name__} needs a {self.pipeline}{remedy}")
         self.kernel, self.eta = kernel, float(eta)
         self.dtype, self.remat = jnp.dtype(dtype), remat
         self.guidance_scale, self.embedded_guidance = float(guidance_scale), float(embedded_guidance)
-        self.tokenizer = CLIPTokenizer.from_pretrained(self._part("tokenizer"))
-        self._size = (height, width)
+        self.time_rounding, self.decode_batch, self.decode_tile = time_rounding, decode_batch, decode_tile
+        self.denoiser = abstract_model(self.denoiser_class, self.part(self.denoiser_folder))
+        self.vae = abstract_model(AutoencoderKL, self.part("vae"))
+        self.texts = {name: abstract_model(model, self.part(name)) for name, _, model, _ in self.text_encoders()}
+        self.tokenizers = {name: tokenizer.from_pretrained(self.part(folder), local_files_only=True)
+                           for name, folder, _, tokenizer in self.text_encoders()}
+        self.lengths = {name: tokenizer.model_max_length for name, tokenizer in self.tokenizers.items()}
+        if text_length:
+            self.lengths[list(self.lengths)[-1]] = text_length
+        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.latent_shape = (height // scale, width // scale, self.vae.config.latent_channels)
 
-    def _part(self, name: str) -> Path:
+    def part(self, name: str) -> Path:
+        """The folder of one component. Raises: CheckpointError if it is missing."""
         path = self.folder / name
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder; config.model.folder must be a pipeline in the diffusers layout")
         return path
 
-    def load(self, lora: dict | None = None, seed: int = 0) -> tuple[dict, dict]:
-        """Loads the pipeline's weights: `(trainable, frozen)`, on the host.
+    def text_encoders(self) -> tuple[tuple[str, str, type, type], ...]:
+        """(folder, folder of its tokenizer, model class, tokenizer class) of every text encoder, the longest last."""
+        return (("text_encoder", "tokenizer", CLIPTextModel, CLIPTokenizer),)
 
-        Args: lora: None for full fine-tuning, or {"rank", "alpha", "targets"} (`lora.add_lora`).
+    def load(self, lora: dict | None = None, seed: int = 0, mesh=None, *, text: bool = True) -> tuple[dict, dict]:
+        """Streams the pipeline's weights to the devices: `(trainable, frozen)`.
+
+        `trainable` is fp32. Matrices of `frozen` have the compute dtype, to which every use would cast them anyway.
+
+        Args:
+          lora: None for full fine-tuning, or {"rank", "alpha", "targets"} (`lora.add_lora`).
+          seed: of fresh adapters.
+          mesh: where the arrays go, by the rules of `sharding.py`; None: the default device.
+          text: False leaves the text encoders out, if prompts come already encoded (`frozen["negative"]` is then
+            left for the caller to set when guidance is on).
         Raises: CheckpointError naming file and key.
         """
-        denoiser = load_model(self.denoiser_class, self._part(self.denoiser_folder))
-        vae = load_model(AutoencoderKL, self._part("vae"))
-        text = load_model(CLIPTextModel, self._part("text_encoder"))
-        scale = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.latent_shape = (self._size[0] // scale, self._size[1] // scale, vae.config.latent_channels)
-        self.denoiser_config = denoiser.config
+        folder = self.part(self.denoiser_folder)
         if lora:
-            add_lora(denoiser, lora["rank"], lora["alpha"], lora["targets"], nnx.Rngs(seed))
-            self.graph, trainable, rest = split(denoiser, LoRAParam, ...)
+            add_lora(self.denoiser, lora["rank"], lora["alpha"], lora["targets"])
+            self.lora_scale = lora["alpha"] / lora["rank"]
+            self.graph, adapters, rest = split(self.denoiser, LoRAParam, ...)
+            trainable = init_adapters(adapters, nnx.Rngs(seed))
+            if mesh:
+                trainable = jax.device_put(trainable, param_shardings(trainable, mesh))
+            frozen = {"denoiser": load_params(self.denoiser_class, folder, self._layout(rest, mesh))}
         else:
-            (self.graph, trainable), rest = split(denoiser), {}
-        self.vae_graph, vae_params = split(vae)
-        self.text_graph, text_params = split(text)
-        frozen = {"denoiser": rest, "vae": vae_params, "text_encoder": text_params}
-        frozen["negative"] = self.encode(frozen, self.tokenize([""])) if self.guidance_scale != 1 else {}
+            self.graph, params = split(self.denoiser)
+            trainable = load_params(self.denoiser_class, folder, self._layout(params, mesh, jnp.float32))
+            frozen = {"denoiser": {}}
+        self.vae_graph, params = split(self.vae)
+        frozen["vae"] = load_params(AutoencoderKL, self.part("vae"), self._layout(params, mesh))
+        frozen |= self.load_text(mesh) if text else {}
+        frozen["negative"] = self.encode(frozen, self.tokenize([""])) if text and self.guidance_scale != 1 else {}
         return trainable, frozen
 
-    def tokenize(self, prompts: list[str]) -> np.ndarray:
-        """int32 token ids [P, L], padded to the tokenizer's length, longer prompts cut."""
-        return self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="np",
-                              max_length=self.tokenizer.model_max_length)["input_ids"].astype(np.int32)
+    def load_text(self, mesh=None) -> dict:
+        """The part of `frozen` that `encode` needs: {folder: parameters} of the text encoders."""
+        frozen, self.text_graphs = {}, {}
+        for name, _, model_class, _ in self.text_encoders():
+            self.text_graphs[name], params = split(self.texts[name])
+            frozen[name] = load_params(model_class, self.part(name), self._layout(params, mesh))
+        return frozen
 
-    def encode(self, frozen, tokens) -> dict:
-        """Token ids [P, L] to conditioning: {"hidden": [P, L, D], "pooled": [P, D]} fp32."""
-        hidden, pooled = merge(self.text_graph, frozen["text_encoder"])(tokens, self.dtype)
-        return {"hidden": hidden.astype(jnp.float32), "pooled": pooled.astype(jnp.float32)}
+    def _layout(self, params, mesh, dtype=None):
+        """Abstract parameters with the dtype to store them in (matrices: `dtype` or the compute dtype) and where."""
+        shardings = param_shardings(params, mesh) if mesh else dict.fromkeys(params)
+        matrix = dtype or self.dtype
+        return {name: jax.ShapeDtypeStruct(leaf.shape, matrix if name.endswith((".kernel", ".embedding")) else jnp.float32,
+                                           sharding=shardings[name]) for name, leaf in params.items()}
+
+    def tokenize(self, prompts: list[str]) -> dict[str, np.ndarray]:
+        """int32 token ids {text encoder: [P, L]}, padded to the encoder's length, longer prompts cut."""
+        return {name: tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="np",
+                                max_length=self.lengths[name])["input_ids"].astype(np.int32)
+                for name, tokenizer in self.tokenizers.items()}
+
+    def truncated(self, prompts: list[str]) -> int:
+        """How many prompts are too long for the longest text encoder, so that their end is not seen."""
+        name = list(self.tokenizers)[-1]
+        special = self.tokenizers[name].num_special_tokens_to_add()
+        long = [prompt for prompt in prompts if len(prompt.encode()) > self.lengths[name] - special]  # a token has a byte
+        counts = map(len, self.tokenizers[name](long, verbose=False)["input_ids"]) if long else ()
+        return sum(count > self.lengths[name] for count in counts)
+
+    def encode(self, frozen, tokens: dict) -> dict:
+        """Token ids {text encoder: [P, L]} to conditioning {"hidden": [P, L, D], "pooled": [P, D]} in `dtype`."""
+        model = merge(self.text_graphs["text_encoder"], frozen["text_encoder"])
+        hidden, pooled = model(tokens["text_encoder"], self.dtype)
+        return {"hidden": hidden, "pooled": pooled}
 
     def predict(self, trainable, frozen, x, time, cond):
         """The denoiser's output [B, h, w, C] fp32 for latents x [B, h, w, C] at times [B] in 0..1000.
@@ -109,22 +176,46 @@ class Policy:
         return negative + self.guidance_scale * (conditional - negative)
 
     def decode(self, frozen, latents):
-        """Latents [B, h, w, C] to images [B, H, W, 3] fp32 in [0, 1]."""
+        """Latents [B, h, w, C] to images [B, H, W, 3] fp32 in [0, 1], `decode_batch` per device at a time (0: all)."""
         vae = merge(self.vae_graph, frozen["vae"])
-        images = vae.decode(vae.denormalize_latents(latents).astype(self.dtype))
-        return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
+
+        def decode(latents):
+            images = vae.decode(vae.denormalize_latents(latents).astype(self.dtype), self.decode_tile)
+            return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
+        return map_slices(decode, latents, self.decode_batch)
 
     def denoise(self, model, x, time, cond):
         """One network pass: [B, h, w, C] (subclasses)."""
         raise NotImplementedError
 
     def schedule(self, steps: int, shift: float) -> Schedule:
-        """The noise levels of a sampler with `steps` steps (subclasses)."""
+        """The noise levels of a sampler with `steps` steps (subclasses); shift 0 takes the checkpoint's own."""
         raise NotImplementedError
 
 
-def make_policy(name: str, *args, **kwargs) -> Policy:
-    """Builds a policy by registered name or by import path "package.module:Class".
+def find_folder(folder: str | os.PathLike) -> Path:
+    """A pipeline's folder: a path (relative ones also beside the package), or a hub id "owner/name[@revision]".
+
+    Raises: CheckpointError if there is no such folder and the hub has none either.
+    """
+    for path in (Path(folder), PACKAGE.parent / folder):
+        if path.is_dir():
+            return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", str(folder)):
+        raise CheckpointError(f"config.model.folder={str(folder)!r}: no such folder, and no hub id (owner/name)")
+    name, _, revision = str(folder).partition("@")
+    try:  # what the loader reads: configs, tokenizers, safetensors of the parts; no other formats and precisions
+        return Path(huggingface_hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=["model_index.json", *(f"*/*.{end}" for end in HUB_FILES)],
+            ignore_patterns=["safety_checker/*", "*.fp16.*", "*.non_ema.*"]))
+    except Exception as error:
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"config.model.folder={str(folder)!r}: no such folder, and the hub did not give it ({text}); "
+                              "download it where there is a network, or log in with `hf auth login`") from error
+
+
+def policy_class(name: str) -> type[Policy]:
+    """The policy of a registered name or of an import path "package.module:Class".
 
     Raises: ValueError naming the nearest registered name.
     """
@@ -134,4 +225,34 @@ def make_policy(name: str, *args, **kwargs) -> Policy:
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"config.model.policy={name!r}: known are {', '.join(_REGISTRY)} or 'package.module:Class'{hint}")
     module, attribute = path.split(":")
-    return getattr(importlib.import_module(module), attribute)(*args, **kwargs)
+    return getattr(importlib.import_module(module), attribute)
+
+
+def make_policy(name: str, *args, **kwargs) -> Policy:
+    """Builds a policy by registered name or by import path (`policy_class`)."""
+    return policy_class(name)(*args, **kwargs)
+
+
+def pipeline_policy(folder: Path) -> str:
+    """The registered policy for a pipeline folder, by its model_index.json. Raises: CheckpointError if there is none."""
+    found = read_json(folder / "model_index.json").get("_class_name")
+    for name in _REGISTRY:
+        if policy_class(name).pipeline == found:
+            return name
+    raise CheckpointError(f"{folder / 'model_index.json'}: no policy for a {found}; known are {', '.join(_REGISTRY)}")
+
+
+def configured_policy(config) -> Policy:
+    """The policy that a run's config describes."""
+    model, sampler = config.model, config.sampler
+    return make_policy(
+        model.policy, model.folder, kernel=sampler.kernel, eta=sampler.eta, height=model.height, width=model.width,
+        dtype=model.dtype, remat=model.remat, guidance_scale=model.guidance_scale, embedded_guidance=model.embedded_guidance,
+        text_length=model.text_length, time_rounding=sampler.time_rounding, decode_batch=model.decode_batch,
+        decode_tile=model.decode_tile)
+
+
+def lora_settings(config) -> dict | None:
+    """The `lora` argument of `Policy.load` that a run's config describes; None for full fine-tuning."""
+    lora = config.model.lora
+    return {"rank": lora.rank, "alpha": lora.alpha or 2 * lora.rank, "targets": lora.targets} if lora.rank else None

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dancegrpo_jax.models.convert import parse_config
+from dancegrpo_jax.models.convert import TRANSFORMERS_METADATA, parse_config
 from dancegrpo_jax.models.layers import (
     ACTIVATIONS,
     Conv,
@@ -29,23 +29,8 @@ from dancegrpo_jax.models.layers import (
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Keys of released config.json files that do not change the forward pass: training, generation and bookkeeping.
-# Files of transformers 4 spell out every default of its base class, hence the length.
-IGNORED_CONFIG = frozenset("""
-    add_cross_attention architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id
-    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype
-    early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing id2label initializer_factor initializer_range is_decoder
-    is_encoder_decoder label2id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
-    pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings
-    tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
-""".split())
-
-
 def _drop_ignored(config: Mapping, *more: str) -> dict:
-    return {key: value for key, value in config.items() if key not in IGNORED_CONFIG and key not in more}
+    return {key: value for key, value in config.items() if key not in TRANSFORMERS_METADATA and key not in more}
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,22 @@ from safetensors.numpy import save_file
 
 from dancegrpo_jax.models.layers import Params, merge, split
 
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+
+# Keys of transformers' config.json files that do not change the forward pass: training, generation and bookkeeping.
+# Files of transformers 4 spell out every default of its base class, hence the length.
+TRANSFORMERS_METADATA = frozenset("""
+    add_cross_attention architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype
+    early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing id2label initializer_factor initializer_range is_decoder
+    is_encoder_decoder label2id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
+    pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings
+    tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
+""".split())
 
 
 class CheckpointError(ValueError):
@@ -80,21 +97,27 @@ def _from_torch_layout(name: str, array):
     return array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], abstract: Params, *, source="checkpoint", dtype=jnp.float32,
-               rename=(), ignore=()) -> dict[str, np.ndarray]:
-    """Converts checkpoint tensors to our parameters, consuming every key exactly once.
+def _permuted(name: str, items: tuple) -> tuple:
+    """One entry per dimension of ours -> the same entries in the order of torch's dimensions."""
+    if not name.endswith(".kernel"):
+        return items
+    return items[::-1] if len(items) == 2 else tuple(items[i] for i in (3, 2, 0, 1))
+
+
+def match_keys(shapes: Mapping[str, tuple[int, ...]], abstract: Params, *, source="checkpoint", rename=(),
+               ignore=()) -> dict[str, list[str]]:
+    """Which checkpoint keys make each parameter: {parameter: [key, or one per layer]}, every key used exactly once.
 
     Args:
-      tensors: key -> array in torch layout; read one by one, so a lazy mapping keeps memory low.
+      shapes: key -> shape in torch layout.
       abstract: our parameters' names and shapes (`split` of a module or of its `nnx.eval_shape`).
       source: file or folder named in errors.
-      dtype: of the result.
       rename: (regex, replacement) pairs that turn released spellings into today's.
       ignore: regexes of keys that carry no weights.
     Raises: CheckpointError for a missing, unknown or mis-shaped key, with the nearest known key.
     """
     available = {}
-    for key in tensors:
+    for key in shapes:
         if any(re.fullmatch(pattern, key) for pattern in ignore):
             continue
         new = key
@@ -104,43 +127,101 @@ def from_torch(tensors: Mapping[str, np.ndarray], abstract: Params, *, source="c
             raise CheckpointError(f"{source}: {available[new]!r} and {key!r} both mean {new!r}; remove one of them")
         available[new] = key
 
-    params = {}
+    matched = {}
     for name, leaf in abstract.items():
-        names = torch_names(name, leaf.shape)
-        stacked = "stacked" in name.split(".")
-        out = np.empty(leaf.shape, dtype)
-        for i, key in enumerate(names):
+        expected = _permuted(name, leaf.shape[1:] if "stacked" in name.split(".") else leaf.shape)
+        matched[name] = []
+        for key in torch_names(name, leaf.shape):
             if key not in available:
                 raise CheckpointError(f"{source}: missing key {key!r}{_nearest(key, available)}")
             original = available.pop(key)
-            target = out[i] if stacked else out
-            value = _from_torch_layout(name, np.asarray(tensors[original]))
-            if value.shape != target.shape:
-                raise CheckpointError(f"{source}: {original!r} has shape {np.shape(tensors[original])}, "
-                                      f"expected {_to_torch_layout(name, target).shape}")
-            target[...] = value.astype(dtype)
-        params[name] = out
+            if tuple(shapes[original]) != expected:
+                raise CheckpointError(f"{source}: {original!r} has shape {tuple(shapes[original])}, expected {expected}")
+            matched[name].append(original)
     if available:
         key = next(iter(available.values()))
         known = [n for name, leaf in abstract.items() for n in torch_names(name, leaf.shape)]
         raise CheckpointError(f"{source}: {len(available)} unknown key(s), first {key!r}{_nearest(key, known)}")
+    return matched
+
+
+def from_torch(tensors: Mapping[str, np.ndarray], abstract: Params, *, source="checkpoint", rename=(),
+               ignore=()) -> Params:
+    """Converts checkpoint tensors to our parameters, with the dtype and sharding of the leaves of `abstract`.
+
+    All keys and shapes are checked before anything is read. Then one parameter after the other is read, each device
+    getting only its own part, so the host holds at most the parts of one parameter beside the result. Leaves without a
+    sharding become arrays of the default device. `tensors` maps keys to arrays, or to safetensors slices (`Folder`).
+    Other arguments and errors: `match_keys`.
+    """
+    shapes = {key: tensor.shape if hasattr(tensor, "shape") else tensor.get_shape() for key, tensor in tensors.items()}
+    matched = match_keys(shapes, abstract, source=source, rename=rename, ignore=ignore)
+
+    def read(name, leaf, index):  # index: slices of our dimensions
+        stacked = "stacked" in name.split(".")
+        layers = range(*index[0].indices(leaf.shape[0])) if stacked else [0]
+        inner = _permuted(name, index[1:] if stacked else index)
+        parts = (_from_torch_layout(name, tensors[matched[name][i]][inner]) for i in layers)
+        first = next(parts)
+        if not stacked:
+            return np.asarray(first, dtype=leaf.dtype, order="C")
+        out = np.empty((len(layers), *first.shape), leaf.dtype)
+        out[0] = first
+        for i, part in enumerate(parts, 1):
+            out[i] = part
+        return out
+
+    params = {}
+    for name, leaf in abstract.items():
+        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        params[name] = jax.make_array_from_callback(leaf.shape, sharding, partial(read, name, leaf))
     return params
 
 
 def to_torch(params: Params, dtype=None) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`: our parameters as checkpoint tensors in torch layout."""
-    tensors = {}
-    for name, leaf in params.items():
-        leaf = np.asarray(leaf if dtype is None else leaf.astype(dtype))
-        names = torch_names(name, leaf.shape)
-        for i, key in enumerate(names):
-            layer = leaf[i] if "stacked" in name.split(".") else leaf
-            tensors[key] = np.asarray(_to_torch_layout(name, layer), order="C")  # keeps scalars 0-d
-    return tensors
+    parts = _torch_parts(params)
+    return {key: _read_part(params, *part, dtype) for key, part in parts.items()}
+
+
+def _torch_parts(params: Params) -> dict[str, tuple[str, int | None]]:
+    """Checkpoint key -> (parameter, layer or None)."""
+    return {key: (name, i if "stacked" in name.split(".") else None)
+            for name, leaf in params.items() for i, key in enumerate(torch_names(name, leaf.shape))}
+
+
+def _read_part(params: Params, name: str, layer: int | None, dtype=None) -> np.ndarray:
+    leaf = params[name] if layer is None else params[name][layer]
+    leaf = np.asarray(leaf if dtype is None else leaf.astype(dtype))
+    return np.asarray(_to_torch_layout(name, leaf), order="C")  # keeps scalars 0-d
+
+
+def save_params(folder: str | os.PathLike, params: Params, file_name: str, dtype=None, max_shard_size: str = "5GB") -> None:
+    """Writes parameters as safetensors `file_name`, in shards with an index if they exceed `max_shard_size`.
+
+    `dtype`: one for all, or {checkpoint key: dtype}. One shard at a time is in host memory.
+    """
+    parts = _torch_parts(params)
+    dtypes = {key: np.dtype(dtype[key] if isinstance(dtype, Mapping) else dtype or params[name].dtype)
+              for key, (name, _) in parts.items()}
+    sizes = {key: params[name].size // (1 if layer is None else params[name].shape[0]) * dtypes[key].itemsize
+             for key, (name, layer) in parts.items()}
+    stem = file_name.removesuffix(".safetensors")
+    plan = huggingface_hub.split_state_dict_into_shards_factory(
+        sizes, get_storage_size=lambda size: size, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size)
+    for shard, keys in plan.filename_to_tensors.items():
+        save_file({key: _read_part(params, *parts[key], dtypes[key]) for key in keys}, Path(folder) / shard,
+                  metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (Path(folder) / f"{file_name}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 class Folder(Mapping):
-    """Lazy view of a folder's safetensors: key -> numpy array, single file or shards with an index."""
+    """Lazy view of a folder's safetensors, single file or shards with an index: key -> slice.
+
+    A slice has `get_shape()` and reads from disk what it is indexed with: `folder[key][...]` is the whole array.
+    """
 
     def __init__(self, folder: str | os.PathLike):
         self.path = Path(folder)
@@ -163,7 +244,11 @@ class Folder(Mapping):
                 self._where[key] = shard
 
     def __getitem__(self, key):
-        return self._files[self._where[key]].get_tensor(key)
+        return self._files[self._where[key]].get_slice(key)
+
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Key -> dtype of the stored tensor."""
+        return {key: jnp.dtype(DTYPES[self[key].get_dtype()]) for key in self}
 
     def __iter__(self):
         return iter(self._where)
@@ -180,22 +265,34 @@ def read_json(path: str | os.PathLike) -> dict:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
 
 
-def load_model(model_class, folder: str | os.PathLike, dtype=jnp.float32) -> nnx.Module:
-    """Builds `model_class` from a folder's config.json and safetensors (host arrays, cast to `dtype`).
+def abstract_model(model_class, folder: str | os.PathLike) -> nnx.Module:
+    """The module of a folder's config.json with `jax.ShapeDtypeStruct`s for parameters.
 
-    `model_class` has `Config` (a frozen dataclass, see `parse_config`), is called as `model_class(config, rngs=...)`,
-    and may name `LEGACY_KEYS` ((regex, replacement) pairs) and `IGNORED_KEYS` (regexes).
+    `model_class` has `Config` (a frozen dataclass, see `parse_config`) and is called as `model_class(config, rngs=...)`.
     """
-    folder = Path(folder)
-    config = parse_config(model_class.Config, read_json(folder / "config.json"), folder / "config.json")
-    graphdef, abstract = split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))
-    params = from_torch(Folder(folder), abstract, source=folder, dtype=dtype,
-                        rename=getattr(model_class, "LEGACY_KEYS", ()), ignore=getattr(model_class, "IGNORED_KEYS", ()))
-    return merge(graphdef, jax.tree.map(jnp.asarray, params))
+    path = Path(folder) / "config.json"
+    config = parse_config(model_class.Config, read_json(path), path)
+    return nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
+
+
+def load_params(model_class, folder: str | os.PathLike, abstract: Params) -> Params:
+    """The parameters `abstract` of a `model_class` from a folder's safetensors (`from_torch`).
+
+    `model_class` may name `LEGACY_KEYS` ((regex, replacement) pairs) and `IGNORED_KEYS` (regexes).
+    """
+    return from_torch(Folder(folder), abstract, source=folder, rename=getattr(model_class, "LEGACY_KEYS", ()),
+                      ignore=getattr(model_class, "IGNORED_KEYS", ()))
+
+
+def load_model(model_class, folder: str | os.PathLike, dtype=jnp.float32) -> nnx.Module:
+    """Builds `model_class` from a folder's config.json and safetensors, cast to `dtype`, on the default device."""
+    graphdef, abstract = split(abstract_model(model_class, folder))
+    abstract = {name: jax.ShapeDtypeStruct(leaf.shape, dtype) for name, leaf in abstract.items()}
+    return merge(graphdef, load_params(model_class, folder, abstract))
 
 
 def save_model(folder: str | os.PathLike, model_class, config, params: Params, dtype=jnp.bfloat16) -> None:
-    """Writes `params` and `config` as a diffusers / transformers folder (one safetensors file, config.json)."""
+    """Writes `params` and `config` as a diffusers / transformers folder (safetensors, config.json)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     transformers_model = getattr(model_class, "TRANSFORMERS_NAME", None)
@@ -203,7 +300,7 @@ def save_model(folder: str | os.PathLike, model_class, config, params: Params, d
             else {"_class_name": getattr(model_class, "DIFFUSERS_NAME", model_class.__name__)})
     content = head | getattr(model_class.Config, "FIXED", {}) | dataclasses.asdict(config)
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-    save_file(to_torch(params, dtype), folder / WEIGHT_FILES[bool(transformers_model)], metadata={"format": "pt"})
+    save_params(folder, params, WEIGHT_FILES[bool(transformers_model)], dtype)
 
 
 def _nearest(key: str, known) -> str:

@@ -228,17 +228,22 @@ class FeedForward(nnx.Module):
         return self.net[2](self.net[0](x))
 
 
-def attention(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v with the softmax in fp32.
+def attention(q, k, v, mask=None, *, bias=None, scale: float | None = None):
+    """softmax(scale q k^T + bias) v with the softmax in fp32.
 
     Args:
       q: [B, Nq, heads, d]; k, v: [B, Nk, heads, d].
       mask: optional bool, broadcastable to [B, heads, Nq, Nk]; False hides a key.
+      bias: optional, added to the logits, broadcastable like `mask`.
+      scale: 1 / sqrt(d) if not given.
     Returns: [B, Nq, heads * d] in q's dtype.
     """
     # Heads first, so that both products are plain batched matmuls: on CPUs the gradient is twice as fast.
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        logits = logits + bias
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     out = jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v).swapaxes(1, 2)

@@ -1,7 +1,7 @@
 """Low-rank adaptation (Hu et al., 2021): y = x W + b + (alpha / rank) (x A) B, with A, B trained and W frozen.
 
-`Linear` itself adds the low-rank term once an adapter is set (layers.py); `split(model, LoRAParam, ...)` then separates
-what is trained from what is frozen.
+`Linear` itself adds the low-rank term once an adapter is declared (layers.py); `split(model, LoRAParam, ...)` then
+separates what is trained from what is frozen.
 """
 
 import difflib
@@ -10,9 +10,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from safetensors.numpy import save_file
 
-from dancegrpo_jax.models.layers import Linear, LoRAParam
+from dancegrpo_jax.models.convert import to_torch
+from dancegrpo_jax.models.layers import Linear, LoRAParam, Params
 
 
 def linear_paths(model: nnx.Module) -> dict[str, Linear]:
@@ -21,18 +24,16 @@ def linear_paths(model: nnx.Module) -> dict[str, Linear]:
             for path, module in nnx.iter_modules(model) if isinstance(module, Linear)}
 
 
-def add_lora(model: nnx.Module, rank: int, alpha: float, targets: Sequence[str], rngs: nnx.Rngs) -> int:
-    """Adds an adapter to every `Linear` whose path (see `linear_paths`) fully matches one of the regexes `targets`.
+def add_lora(model: nnx.Module, rank: int, alpha: float, targets: Sequence[str]) -> int:
+    """Declares an adapter on every `Linear` whose path (see `linear_paths`) fully matches one of the regexes `targets`.
 
-    A [.., in, rank] is normal with standard deviation 1 / rank (PEFT's "gaussian"), drawn independently for each layer
-    of a `Stack`; B [.., rank, out] is zero, so the model's function is unchanged. Both are fp32. On an abstract model
-    (`nnx.eval_shape`) the adapters are abstract too, and `rngs` is not used.
+    The adapters A [.., in, rank] and B [.., rank, out] (one pair for each layer of a `Stack`) are abstract, fp32:
+    `split(model, LoRAParam, ...)` and give their `init_adapters` instead.
 
     Args:
-      model: changed in place.
+      model: changed in place; abstract (`nnx.eval_shape`) or not.
       rank, alpha: the adapter's rank and its strength: the low-rank term is scaled by alpha / rank.
       targets: e.g. `(r".*attn\\.to_(q|k|v|out\\.0)",)`.
-      rngs: its `params` stream draws A.
     Returns: the number of adapted layers; a Stack of n blocks counts n times.
     Raises: ValueError, leaving the model as it was, for rank < 1, a target that matches nothing (naming the nearest
       paths), or a layer that already has an adapter.
@@ -57,13 +58,34 @@ def add_lora(model: nnx.Module, rank: int, alpha: float, targets: Sequence[str],
 
     count = 0
     for linear in chosen.values():
-        kernel = linear.kernel.get_value()
-        *layers, fan_in, fan_out = kernel.shape
-        shape_a, shape_b = (*layers, fan_in, rank), (*layers, rank, fan_out)
-        if isinstance(kernel, jax.ShapeDtypeStruct):
-            a, b = jax.ShapeDtypeStruct(shape_a, jnp.float32), jax.ShapeDtypeStruct(shape_b, jnp.float32)
-        else:
-            a, b = jax.random.normal(rngs.params(), shape_a) / rank, jnp.zeros(shape_b)
-        linear.lora_a, linear.lora_b, linear.lora_scale = LoRAParam(a), LoRAParam(b), alpha / rank
+        *layers, fan_in, fan_out = linear.kernel.get_value().shape
+        linear.lora_a = LoRAParam(jax.ShapeDtypeStruct((*layers, fan_in, rank), jnp.float32))
+        linear.lora_b = LoRAParam(jax.ShapeDtypeStruct((*layers, rank, fan_out), jnp.float32))
+        linear.lora_scale = alpha / rank
         count += layers[0] if layers else 1
     return count
+
+
+def init_adapters(abstract: Params, rngs: nnx.Rngs) -> Params:
+    """Fresh adapters for the names and shapes of `abstract`: B zero, so that the model's function is unchanged.
+
+    A is normal with standard deviation 1 / rank (PEFT's "gaussian"), drawn independently for every layer.
+    """
+    return {name: jax.random.normal(rngs.params(), leaf.shape) / leaf.shape[-1] if name.endswith("lora_a")
+            else jnp.zeros(leaf.shape) for name, leaf in abstract.items()}
+
+
+def save_adapters(path, params: Params, *, prefix: str, scale: float, dtype="float32") -> None:
+    """Writes adapters as diffusers' `pytorch_lora_weights.safetensors` (PEFT names), for `pipeline.load_lora_weights`.
+
+    Args:
+      params: as `init_adapters` names them.
+      prefix: the pipeline's component, "transformer" or "unet".
+      scale: alpha / rank; it is multiplied into B, because readers differ in how they find alpha.
+    """
+    tensors = {}
+    for key, value in to_torch(params).items():
+        stem, _, leaf = key.rpartition(".")
+        side, value = ("A", value) if leaf == "lora_a" else ("B", value * np.float32(scale))
+        tensors[f"{prefix}.{stem}.lora_{side}.weight"] = np.ascontiguousarray(value.T.astype(jnp.dtype(dtype)))
+    save_file(tensors, path, metadata={"format": "pt"})

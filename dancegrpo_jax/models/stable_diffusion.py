@@ -9,12 +9,13 @@ from dancegrpo_jax.sde import DIFFUSION_KERNELS, PREDICTIONS, ddim_schedule
 class StableDiffusionPolicy(Policy):
     """UNet in latent space; betas and prediction type come from the checkpoint's scheduler_config.json."""
 
+    pipeline = "StableDiffusionPipeline"
     denoiser_class, denoiser_folder = UNet2DConditionModel, "unet"
     kernels = DIFFUSION_KERNELS
 
     def __init__(self, folder, **kwargs):
         super().__init__(folder, **kwargs)
-        path = self._part("scheduler") / "scheduler_config.json"
+        path = self.part("scheduler") / "scheduler_config.json"
         self.scheduler = read_json(path)
         self.prediction = self.scheduler.get("prediction_type", "epsilon")
         if self.prediction not in PREDICTIONS[1:]:

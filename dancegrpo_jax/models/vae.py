@@ -168,10 +168,18 @@ class AutoencoderKL(nnx.Module):
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, latents):
-        """Raw latents [B, h, w, C] -> images [B, H, W, 3], about [-1, 1] and not clipped."""
+    def decode(self, latents, tile: int = 0):
+        """Raw latents [B, h, w, C] -> images [B, H, W, 3], about [-1, 1] and not clipped.
+
+        `tile`: if not 0, images larger than `tile` pixels are decoded in tiles of that size, which overlap by a quarter
+        and are blended there (diffusers' enable_tiling). Memory no longer grows with the image; norms and attention see
+        one tile at a time, so the result differs slightly.
+        """
         if hasattr(self, "post_quant_conv"):
             latents = self.post_quant_conv(latents)
+        side = tile // 2 ** (len(self.config.block_out_channels) - 1)
+        if tile and max(latents.shape[1:3]) > side:
+            return _tiled(self.decoder, latents, side, tile)
         return self.decoder(latents)
 
     def normalize_latents(self, latents):
@@ -181,6 +189,32 @@ class AutoencoderKL(nnx.Module):
     def denormalize_latents(self, latents):
         """The inverse of `normalize_latents`: what `decode` takes."""
         return latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
+
+
+def _tiled(function, x, side: int, side_out: int):
+    """function(x) for x [B, h, w, C] by tiles of `side`, outputs of `side_out`, that overlap by a quarter."""
+    step, blend = side - side // 4, side_out // 4
+
+    def mix(before, after, axis):  # fades `before`'s end into `after`'s beginning
+        n = min(before.shape[axis], after.shape[axis], blend)
+        weight = (jnp.arange(n, dtype=after.dtype) / n).reshape(-1, *(1,) * (3 - axis))
+        end = jax.lax.slice_in_dim(before, before.shape[axis] - n, before.shape[axis], axis=axis)
+        start, rest = jnp.split(after, [n], axis=axis)
+        return jnp.concatenate([end * (1 - weight) + start * weight, rest], axis=axis)
+
+    rows, above = [], []
+    for i in range(0, x.shape[1], step):
+        row = []
+        for number, j in enumerate(range(0, x.shape[2], step)):
+            tile = function(x[:, i:i + side, j:j + side])
+            if above:
+                tile = mix(above[number], tile, 1)
+            if row:
+                tile = mix(row[-1], tile, 2)
+            row.append(tile)
+        above, keep = row, side_out - blend
+        rows.append(jnp.concatenate([tile[:, :keep, :keep] for tile in row], axis=2))
+    return jnp.concatenate(rows, axis=1)
 
 
 def _resnet(in_features: int, out_features: int, config: Config, rngs: nnx.Rngs) -> ResnetBlock:

@@ -1,11 +1,8 @@
 """CLIP against transformers: forward, every gradient, cosines, files of both ages, released sizes."""
 
-import gzip
 import json
-import re
 import shutil
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +18,13 @@ from dancegrpo_jax.models.layers import merge, split
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from against_torch import assert_close, assert_low_precision_close, rms, to_torch  # noqa: E402
+from against_torch import (  # noqa: E402
+    assert_close,
+    assert_low_precision_close,
+    assert_released_size,
+    rms,
+    to_torch,
+)
 
 LENGTH, EOS = 11, 60
 # Widths, heads and depths all differ, so that no mix-up of towers or axes can pass.
@@ -266,21 +269,7 @@ def abstract(model_class, config):
 
 def test_released_size_of_the_text_encoder():
     """Every key of CLIP ViT-L/14's text encoder, as in Stable Diffusion and FLUX folders, and no other."""
-    manifest = Path(__file__).parents[1] / "manifests" / "clip_l_text.json.gz"
-    expected = {}
-    for key, shape in json.loads(gzip.decompress(manifest.read_bytes())).items():
-        if not any(re.fullmatch(pattern, key) for pattern in CLIPTextModel.IGNORED_KEYS):
-            for pattern, replacement in CLIPTextModel.LEGACY_KEYS:
-                key = re.sub(pattern, replacement, key)
-            expected[key] = tuple(shape)
-    params = abstract(CLIPTextModel, CLIPTextConfig(768, 3072, 12, 12, eos_token_id=2))
-    ours = {}
-    for name, leaf in params.items():
-        shape = leaf.shape[1:] if ".stacked." in name else leaf.shape
-        for key in convert.torch_names(name, leaf.shape):
-            ours[key] = shape[::-1] if name.endswith("kernel") else shape
-    assert ours == expected
-    assert sum(leaf.size for leaf in params.values()) == 123_060_480
+    assert_released_size(CLIPTextModel, CLIPTextConfig(768, 3072, 12, 12, eos_token_id=2), "clip_l_text", 123_060_480)
 
 
 @pytest.mark.parametrize(("text", "vision", "width", "count"), [
