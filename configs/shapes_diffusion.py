@@ -20,5 +20,6 @@ def get_config():
     config.sampler.steps, config.sampler.eval_steps = 10, 10
     config.sampler.shift = 1.0
     config.grpo.microbatch = 1536  # all pairs at once
+    config.optim.schedule = "constant"
     config.eval.every = 10
     return config

@@ -13,7 +13,7 @@ from dancegrpo_jax.config import default
 def get_config():
     config = default()
     config.run_dir = "runs/shapes_flow"
-    config.steps = 45
+    config.steps = 50
     config.model.policy = "flux"
     config.model.folder = "dancegrpo_jax/worlds/weights/flow"
     config.model.height = config.model.width = 32
@@ -38,8 +38,9 @@ def get_config():
     config.grpo.timestep_fraction = 1.0
     config.grpo.microbatch = 384
     config.optim.learning_rate, config.optim.b2 = 4e-3, 0.99
+    config.optim.schedule = "linear"
     config.optim.ema_decay = 0.9
-    config.eval.every = 15
+    config.eval.every = 25
     config.eval.num_prompts = 512
     config.eval.batch = 256
     config.checkpoint.every = 5
