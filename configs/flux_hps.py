@@ -32,7 +32,7 @@ def get_config():
     config.data.heldout = "dancegrpo_jax/prompts/heldout.txt"
     config.data.prompts_per_step, config.data.group_size = 16, 12  # 16 devices with 1 prompt each
     config.data.chunks = 4  # rollouts of 48 samples, as many as a micro-batch: in bfloat16 both then round alike
-    config.rewards = {"hps_v21": {"weight": 1.0}}
+    config.rewards = {"hps": {"dtype": "bfloat16"}}
     config.grpo.clip_range = 1e-4
     config.grpo.timestep_fraction = 0.6  # 9 of the first 15 steps
     config.grpo.updates_per_rollout = 3  # 64 samples an update

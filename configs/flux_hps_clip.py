@@ -12,5 +12,8 @@ def get_config():
     config = flux_hps.get_config()
     config.run_dir = "runs/flux_hps_clip"
     config.combine = "advantages"
-    config.rewards = {"hps_v21": {"weight": 0.7}, "clip": {"weight": 1.4}}
+    config.rewards = {
+        "hps": {"weight": 0.7, "dtype": "bfloat16"},
+        "clip": {"reward": "clip_score", "weight": 1.4, "model": "apple/DFN5B-CLIP-ViT-H-14-378", "resize": "squash",
+                 "architecture": "ViT-H-14-378-quickgelu", "clean": "open_clip", "dtype": "bfloat16"}}
     return config

@@ -27,7 +27,7 @@ def get_config():
     config.data.heldout = "dancegrpo_jax/prompts/heldout.txt"
     config.data.prompts_per_step, config.data.group_size = 32, 16  # 8 devices with 4 prompts each
     config.data.chunks = 8  # rollouts of 64 samples, as many as a micro-batch: in bfloat16 both then round alike
-    config.rewards = {"hps_v21": {"weight": 1.0}}
+    config.rewards = {"hps": {"dtype": "bfloat16"}}
     config.grpo.clip_range = 1e-4
     config.grpo.timestep_fraction = 1.0  # all but the last step: 49 of 50
     config.grpo.updates_per_rollout = 2  # 256 samples an update

@@ -59,7 +59,7 @@ CONFIG = [
     (["rewards={\"hps\": {}}"], ["hps", "verifier"]),
     (["rewards={\"mine\": {\"reward\": \"nowhere:score\"}}"], ["nowhere"]),
     (["rewards={\"jpeg\": {\"qualty\": 5}}"], ["jpeg", "qualty"]),
-    (["rewards={\"clip_score\": {\"folder\": \"TMP/nowhere\"}}"], ["TMP/nowhere"]),
+    (["rewards={\"clip_score\": {\"model\": \"TMP/nowhere\"}}"], ["TMP/nowhere"]),
     (["model.lora.rank=4", "model.lora.targets=(\"nothing\",)"], ["nothing"]),
 ]
 

@@ -15,7 +15,7 @@ from dancegrpo_jax.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPConfig, CLIPMod
 from dancegrpo_jax.models.convert import save_model
 from dancegrpo_jax.models.layers import split
 from dancegrpo_jax.rewards import DeviceReward, HostReward, RewardSet, base, build, register
-from dancegrpo_jax.rewards.clip_score import preprocess
+from dancegrpo_jax.rewards.clip import preprocess
 from dancegrpo_jax.worlds import shapes
 from dancegrpo_jax.worlds.tokenizer import MAX_LENGTH, write_tokenizer
 
@@ -273,7 +273,7 @@ def test_binary_does_not_reward_failures():
     ({"jpeg": {"qualty": 3}}, "unknown option 'qualty'; nearest: 'quality'"),
     ({"jpeg": {"wieght": 3}}, "unknown option 'wieght'; nearest: 'weight'"),
     ({path("level"): {"images": 3}}, "unknown option 'images'"),
-    ({"clip_score": {}}, "option 'folder' is missing"),
+    ({"clip_score": {}}, "option 'model' is missing"),
     ({"jpeg": {"quality": 101}}, "quality is 101"),
     ({"color": {"channel": "pink"}}, "channel is 'pink'"),
     ({"verifier": {"mode": "hard"}}, "mode is 'hard'"),
@@ -281,7 +281,7 @@ def test_binary_does_not_reward_failures():
     ({"jpeg": {"binary": {"treshold": 1}}}, "binary must be"),
     ({"jpeg": {"binary": {"threshold": "1"}}}, "binary threshold must be a finite number"),
     ({"jpeg": 1.0}, "expected a dict of options"),
-    ({"clip_score": {"folder": "/nowhere"}}, "/nowhere"),
+    ({"clip_score": {"model": "/nowhere"}}, "/nowhere"),
 ])
 def test_bad_configs_raise(config, message):
     with pytest.raises(ValueError, match=message):
@@ -372,7 +372,7 @@ def test_clip_score(clip_folder):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     prompts = ["a red circle", "two crosses", "a blue square above a green circle"]
     images = np.random.default_rng(0).random((P, 2, 16, 16, 3), dtype=np.float32)
-    rewards, scores = score({"clip_score": {"folder": clip_folder}}, images, prompts)
+    rewards, scores = score({"clip_score": {"model": clip_folder}}, images, prompts)
     model = transformers.CLIPModel.from_pretrained(clip_folder)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(clip_folder)
     pixels = (images.reshape(-1, 16, 16, 3) - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
@@ -383,7 +383,7 @@ def test_clip_score(clip_folder):
     values, ok = scores["clip_score"]
     assert ok.all()
     np.testing.assert_allclose(values, np.stack([cosines[i, :, i] for i in range(P)]), atol=1e-6)
-    low = build("clip_score", {"folder": clip_folder, "dtype": "bfloat16"})
+    low = build("clip_score", {"model": clip_folder, "dtype": "bfloat16"})
     program = str(jax.make_jaxpr(low.apply)(low.params, images, low.prepare(prompts, None))).splitlines()
     towers = [line for line in program if "= scan[" in line]
     assert len(towers) == 2 and all("bf16" in line for line in towers)

@@ -9,10 +9,8 @@ its own `denoise` and `schedule`, and a line in `_REGISTRY`.
 import difflib
 import importlib
 import os
-import re
 from pathlib import Path
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +20,7 @@ from transformers import CLIPTokenizer
 from dancegrpo_jax.data import PACKAGE
 from dancegrpo_jax.models.clip import CLIPTextModel
 from dancegrpo_jax.models.convert import CheckpointError, abstract_model, load_params, read_json
+from dancegrpo_jax.models.hub import PATTERNS, find_in_hub
 from dancegrpo_jax.models.layers import LoRAParam, merge, split
 from dancegrpo_jax.models.lora import add_lora, init_adapters
 from dancegrpo_jax.models.vae import AutoencoderKL
@@ -31,7 +30,6 @@ from dancegrpo_jax.sharding import map_slices, param_shardings
 _REGISTRY = {"flux": "dancegrpo_jax.models.flux_policy:FluxPolicy",
              "stable_diffusion": "dancegrpo_jax.models.stable_diffusion:StableDiffusionPolicy"}
 
-HUB_FILES = ("json", "txt", "model", "safetensors")
 
 
 class Policy:
@@ -198,20 +196,13 @@ def find_folder(folder: str | os.PathLike) -> Path:
 
     Raises: CheckpointError if there is no such folder and the hub has none either.
     """
-    for path in (Path(folder), PACKAGE.parent / folder):
-        if path.is_dir():
-            return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", str(folder)):
-        raise CheckpointError(f"config.model.folder={str(folder)!r}: no such folder, and no hub id (owner/name)")
-    name, _, revision = str(folder).partition("@")
-    try:  # what the loader reads: configs, tokenizers, safetensors of the parts; no other formats and precisions
-        return Path(huggingface_hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=["model_index.json", *(f"*/*.{end}" for end in HUB_FILES)],
-            ignore_patterns=["safety_checker/*", "*.fp16.*", "*.non_ema.*"]))
-    except Exception as error:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"config.model.folder={str(folder)!r}: no such folder, and the hub did not give it ({text}); "
-                              "download it where there is a network, or log in with `hf auth login`") from error
+    try:  # the pipelines' parts lie in folders; single files beside them hold the same weights once more
+        path = find_in_hub(folder, root=PACKAGE.parent, patterns=["model_index.json", *(f"*/{p}" for p in PATTERNS)])
+    except CheckpointError as error:
+        raise CheckpointError(f"config.model.folder: {error}") from error
+    if not path.is_dir():
+        raise CheckpointError(f"config.model.folder: {path} is a file; expected a pipeline in the diffusers layout")
+    return path
 
 
 def policy_class(name: str) -> type[Policy]:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,19 +89,27 @@ class DeviceReward(Reward):
         """images fp32 [P, G, H, W, 3] in [0, 1], text as prepared -> values [P, G]."""
         raise NotImplementedError
 
-    @cached_property
-    def _score(self):
-        def score(params, images, text):
-            values = self.apply(params, images.astype(jnp.float32), text).astype(jnp.float32)
-            if values.shape != images.shape[:2]:
-                raise ValueError(f"reward {self.name!r}: values have shape {values.shape}, expected {images.shape[:2]}")
-            ok = jnp.isfinite(values)
-            return jnp.where(ok, values, 0), ok
-        return jax.jit(score)
+    def signature(self):
+        """What `apply` depends on besides its arguments: rewards of equal signature share one compiled function."""
+        return self
 
     def submit(self, batch, pool):
-        scored = self._score(self.params, batch.images, self.prepare(batch.prompts, batch.metadata))
+        signature = self.signature()
+        if signature not in _COMPILED:
+            _COMPILED[signature] = jax.jit(partial(_score, self))
+        scored = _COMPILED[signature](self.params, batch.images, self.prepare(batch.prompts, batch.metadata))
         return lambda timeout, report: scored  # a jax.Array already is a promise
+
+
+_COMPILED: dict[Any, Callable] = {}
+
+
+def _score(reward: DeviceReward, params, images, text):
+    values = reward.apply(params, images.astype(jnp.float32), text).astype(jnp.float32)
+    if values.shape != images.shape[:2]:
+        raise ValueError(f"reward {reward.name!r}: values have shape {values.shape}, expected {images.shape[:2]}")
+    ok = jnp.isfinite(values)
+    return jnp.where(ok, values, 0), ok
 
 
 class HostReward(Reward):
