@@ -1,0 +1,120 @@
+"""Serves rewards over HTTP: `python launch/serve_reward.py --rewards='{"hps": {}}' --port=8900`.
+
+A run elsewhere then names `{"hps": {"reward": "remote", "url": "http://host:8900", "scorer": "hps"}}`. The protocol is JSON:
+`POST /v1/score {"reward": name, "items": [{"id", "prompt", "media": [{"b64": image}], "metadata"}]}` answers
+`{"results": [{"id", "score", "ok"}]}`; `GET /healthz` and `GET /v1/info` tell whether and what it serves. It listens on
+the loopback interface unless `--host` says otherwise; `--token=NAME` demands the bearer token in that environment variable.
+"""
+
+import argparse
+import base64
+import hmac
+import io
+import json
+import os
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+MAX_REQUEST = 1 << 28  # bytes
+
+
+def make_server(rewards: dict, host: str = "127.0.0.1", port: int = 0, token: str = "") -> ThreadingHTTPServer:
+    """A server of a `RewardSet` config, ready for `serve_forever`; port 0 picks a free one."""
+    import numpy as np
+    from PIL import Image
+
+    import dancegrpo_jax.rewards  # noqa: F401 (registers them)
+    from dancegrpo_jax.rewards.base import RewardSet
+
+    if token and not os.environ.get(token):
+        raise ValueError(f"--token={token}: this environment variable is not set")
+    secret = os.environ[token] if token else ""
+    sets = {name: RewardSet({name: options}) for name, options in rewards.items()}
+
+    def score(request: dict) -> dict:
+        name = request.get("reward") or next(iter(sets))
+        if name not in sets:
+            raise ValueError(f"unknown reward {name!r}; served are {', '.join(sets)}")
+        results = []
+        for item in request["items"]:  # one by one: they may differ in size, and one bad image harms no other
+            try:
+                image = Image.open(io.BytesIO(base64.b64decode(item["media"][0]["b64"], validate=True))).convert("RGB")
+                metadata = [item["metadata"]] if "metadata" in item else None
+                pixels = np.asarray(image, np.float32)[None, None] / np.float32(255)
+                values, ok = sets[name](pixels, [item["prompt"]], metadata)[name]
+                results.append({"id": item["id"], "score": float(np.asarray(values)[0, 0]), "ok": bool(np.asarray(ok)[0, 0])})
+            except Exception as error:
+                results.append({"id": item.get("id"), "score": None, "ok": False, "detail": f"{type(error).__name__}: {error}"})
+        return {"results": results}
+
+    class Handler(BaseHTTPRequestHandler):
+        timeout = 60  # seconds for a request to come in
+
+        def answer(self, status: int, content: dict) -> None:
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def allowed(self) -> bool:
+            given = self.headers.get("Authorization", "")
+            if secret and not hmac.compare_digest(given.encode(), f"Bearer {secret}".encode()):
+                self.answer(401, {"error": "bearer token missing or wrong"})
+                return False
+            return True
+
+        def do_GET(self):
+            pages = {"/healthz": {"ok": True}, "/v1/info": {"rewards": rewards, "version": 1}}
+            if self.allowed():
+                self.answer(200 if self.path in pages else 404, pages.get(self.path, {"error": "no such page"}))
+
+        def do_POST(self):
+            if not self.allowed():
+                return
+            try:
+                length = int(self.headers.get("Content-Length", 0))
+                if self.path != "/v1/score" or not 0 < length <= MAX_REQUEST:
+                    raise ValueError(f"POST {self.path} of {length} bytes: expected /v1/score with a JSON body")
+                content = score(json.loads(self.rfile.read(length)))
+            except (ValueError, KeyError, TypeError) as error:
+                self.answer(400, {"error": f"{type(error).__name__}: {error}"})
+            else:
+                self.answer(200, content)
+
+        def log_message(self, *args):
+            pass
+
+    return ThreadingHTTPServer((host, port), Handler)
+
+
+def serve(args: argparse.Namespace) -> None:
+    try:
+        rewards = json.loads(args.rewards)
+    except ValueError as error:
+        raise ValueError(f"--rewards={args.rewards}: not JSON ({error})") from error
+    server = make_server(rewards, args.host, args.port, args.token)
+    print(f"serving {', '.join(rewards)} at http://{args.host}:{server.server_port}", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+
+
+def main(argv: list[str]) -> int:
+    from dancegrpo_jax.config import exit_status
+
+    parser = argparse.ArgumentParser(prog="python launch/serve_reward.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rewards", required=True, help="as config.rewards, JSON")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8900)
+    parser.add_argument("--token", default="", help="environment variable with the bearer token that clients must send")
+    return exit_status(serve, parser.parse_args(argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
