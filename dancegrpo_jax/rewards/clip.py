@@ -177,6 +177,23 @@ class PickScore(ClipScore):
         return jnp.exp(params["logit_scale"]) * super().apply(params, images, text)
 
 
+def fold_head(layers: dict[str, np.ndarray], features: int, path: Path) -> dict[str, jax.Array]:
+    """{"head.weight": [features], "head.bias": []} of five Linear layers with nothing between them, which are one affine map.
+
+    Raises: CheckpointError if these are other layers or take another number of features.
+    """
+    names = [f"layers.{i}" for i in (0, 2, 4, 6, 7)]  # between them are dropouts
+    if layers.keys() != {f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")}:
+        raise CheckpointError(f"{path}: not a five-layer head; it has keys {', '.join(sorted(layers)[:3])}, ...")
+    weight, bias = np.eye(layers["layers.0.weight"].shape[1]), np.zeros(layers["layers.0.weight"].shape[1])
+    for name in names:
+        matrix = layers[f"{name}.weight"].astype(np.float64)
+        weight, bias = matrix @ weight, matrix @ bias + layers[f"{name}.bias"]
+    if weight.shape != (1, features):
+        raise CheckpointError(f"{path}: a head from {weight.shape[1]} features to {len(weight)}, expected from {features} to 1")
+    return {"head.weight": jnp.asarray(weight[0], jnp.float32), "head.bias": jnp.asarray(bias[0], jnp.float32)}
+
+
 @register("aesthetic")
 class Aesthetic(ClipScore):
     """LAION's improved aesthetic predictor: about 4.5 to 7, whatever the prompt.
@@ -187,18 +204,8 @@ class Aesthetic(ClipScore):
     """
 
     def __init__(self, head: str | os.PathLike, model: str | os.PathLike = OPENAI, dtype: str = "float32"):
-        layers, path = read_torch(find(head)), find(head)
-        names = [f"layers.{i}" for i in (0, 2, 4, 6, 7)]
-        if layers.keys() != {f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")}:
-            raise CheckpointError(f"{path}: not the aesthetic predictor's head; it has keys {', '.join(sorted(layers)[:3])}, ...")
         super().__init__(model, dtype=dtype)
-        weight, bias = np.eye(len(layers["layers.0.weight"][0])), 0.0
-        for name in names:
-            matrix = layers[f"{name}.weight"].astype(np.float64)
-            weight, bias = matrix @ weight, matrix @ (bias * np.ones(matrix.shape[1])) + layers[f"{name}.bias"]
-        if weight.shape[1] != self.config.projection_dim:
-            raise CheckpointError(f"{path}: takes {weight.shape[1]} features, but {model} gives {self.config.projection_dim}")
-        self.params |= {"head.weight": jnp.asarray(weight[0], jnp.float32), "head.bias": jnp.asarray(bias[0], jnp.float32)}
+        self.params |= fold_head(read_torch(find(head)), self.config.projection_dim, find(head))
 
     def load_tokenizer(self, path, tokenizer):
         return None
