@@ -260,7 +260,10 @@ class RewardSet:
                 if not hasattr(binary, "keys") or set(binary.keys()) != {"threshold"}:
                     raise ValueError(f'reward {name!r}: binary must be {{"threshold": number}}, got {binary!r}')
                 self._thresholds[name] = _number(binary["threshold"], f"reward {name!r}: binary threshold")
-            self.rewards[name] = build(options.pop("reward", name), options)
+            try:
+                self.rewards[name] = build(options.pop("reward", name), options)
+            except ValueError as error:
+                raise type(error)(str(error) if repr(name) in str(error) else f"reward {name!r}: {error}") from error
             self.rewards[name].name = name
             if place is not None and getattr(self.rewards[name], "params", None):
                 self.rewards[name].params = place(self.rewards[name].params)
