@@ -3,8 +3,7 @@
     python launch/precompute.py --config=configs/flux_hps.py --out=data/hpd_flux
 
 takes model, lengths and both prompt files from a training config (overridden as for launch/train.py). Stopped, it
-resumes with the next shard. A FLUX prompt takes 4.2 MB of bfloat16 at T5's 512 tokens; about 3/4 of that is written,
-and half again with --config.model.text_length=256.
+resumes with the next shard. A FLUX prompt takes 3.1 MB at T5's 512 tokens, and half with --config.model.text_length=256.
 """
 
 import sys

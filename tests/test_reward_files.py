@@ -320,6 +320,65 @@ def test_open_clip_cleaning(prompt, expected):
     assert clean_text(prompt) == expected
 
 
+def bpe(folder, text, length):
+    """OpenAI's tokenizer, written from its description: bytes as letters, greedy merges by rank, cut at `length`."""
+    import regex
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines()[1:]]
+    rank = {pair: i for i, pair in enumerate(merges)}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printable)}
+    ids = [vocabulary["<|startoftext|>"]]
+    for word in regex.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", text):
+        parts = [letters[b] for b in word.encode()]
+        parts[-1] += "</w>"
+        while len(parts) > 1:
+            pairs = list(zip(parts, parts[1:]))
+            best = min(pairs, key=lambda pair: rank.get(pair, len(rank)))
+            if best not in rank:
+                break
+            merged, i = [], 0
+            while i < len(parts):
+                if i + 1 < len(parts) and (parts[i], parts[i + 1]) == best:
+                    merged.append(parts[i] + parts[i + 1])
+                    i += 2
+                else:
+                    merged.append(parts[i])
+                    i += 1
+            parts = merged
+        ids += [vocabulary[part] for part in parts]
+    end = vocabulary["<|endoftext|>"]
+    return [*ids[:length - 1], end, *[end] * (length - 1 - len(ids))]
+
+
+def test_tokens_of_a_thousand_prompts(clip):
+    """Words, emoji, HTML entities, curly quotes, CJK, digits, tabs, prompts beyond the context; both cleanings."""
+    import unicodedata
+
+    import ftfy
+    pieces = ["a", "red", "circle", "two blue squares", "CROSS", "don't", "it\u2019s", "\u201cquoted\u201d", "&amp;", "&lt;b&gt;", "🌟🎨",
+              "赤い 円", "圆形", "n°5", "3.14", "1,000", "naïve", "cafe\u0301", "ﬁne", "\t", "  ", "\n", "#tag", "(x:1.2)", "--ar 16:9",
+              "ＡＢＣ", "Ünïcode", "🇯🇵", "e\u0301te\u0301", "https://x.y/z?q=1", "…", "½", "ß", "schÃ¶n", "&quot;"]
+    rng = np.random.default_rng(0)
+    prompts = [" ".join(rng.choice(pieces, rng.integers(0, 9))) for _ in range(1000)]
+    _, _, folder = clip
+    plain = build("clip_score", {"model": folder})
+    cleaned = build("clip_score", {"model": folder, "clean": "open_clip"})
+
+    def hf(text):
+        return " ".join(unicodedata.normalize("NFC", text).split()).lower()
+
+    def openai(text):
+        import html
+        return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+    for reward, clean in ((plain, hf), (cleaned, openai)):
+        found = reward.prepare(prompts, None)
+        wrong = [prompt for prompt, ids in zip(prompts, found) if ids.tolist() != bpe(folder, clean(prompt), MAX_LENGTH)]
+        assert not wrong, (len(wrong), wrong[:3])
+    assert (plain.prepare(prompts, None) != cleaned.prepare(prompts, None)).any(axis=1).sum() > 100
+
+
 def test_special_tokens_in_a_prompt_are_plain_text(clip):
     reward = build("clip_score", {"model": clip[2]})
     ids = reward.prepare(["a <|endoftext|> circle"], None)[0]
