@@ -180,3 +180,13 @@ def test_help_lists_every_key_without_jax(write):
     assert out.returncode == 0, out.stderr
     for name, key in c.KEYS.items():
         assert f"--config.{name}=" in out.stdout and key.help in out.stdout
+
+
+@pytest.mark.parametrize(("name", "devices"), [("shapes_flow", 1), ("shapes_diffusion", 1), ("sd_hps", 8), ("flux_hps", 16),
+                                               ("flux_hps_lora", 8), ("flux_hps_clip", 16)])
+def test_shipped_configs_fit_the_devices_they_name(name, devices):
+    config = c.load([f"--config={Path(__file__).parents[1]}/configs/{name}.py"])
+    c.validate(config, devices)
+    pairs = config.data.prompts_per_step // config.data.chunks * config.data.group_size
+    if config.model.dtype == "bfloat16":  # rollout and update of equal batches round alike
+        assert pairs == config.grpo.microbatch
