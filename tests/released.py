@@ -79,7 +79,7 @@ def write_flux(folder, max_shard_size="15KB"):
     tokenizer, text = _clip(folder / "words")
     tokenizer_2, text_2 = _t5()
     transformer = _init(diffusers.FluxTransformer2DModel(
-        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=True, axes_dims_rope=(4, 6, 6)))
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     pipeline = diffusers.FluxPipeline(
