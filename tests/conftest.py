@@ -11,13 +11,3 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import jax  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
-
-
-import pytest  # noqa: E402
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forget_compiled_functions():
-    """A file's compiled functions go with it: all together they would take many gigabytes."""
-    yield
-    jax.clear_caches()
