@@ -23,8 +23,8 @@ def anonymous() -> int:
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
-def write(folder: Path, config: dict) -> int:
-    """Random weights in shards of 4 GB; returns their size."""
+def write(folder: Path, config: dict) -> None:
+    """Random weights in shards of 4 GB."""
     import ml_dtypes
     import numpy as np
     from safetensors.numpy import save_file
@@ -34,7 +34,7 @@ def write(folder: Path, config: dict) -> int:
 
     (folder / "config.json").write_text(json.dumps(config))
     _, abstract = split(convert.abstract_model(flux.FluxTransformer2DModel, folder))
-    shard, size, total, where, rng = {}, 0, 0, {}, np.random.default_rng(0)
+    shard, size, where, rng = {}, 0, {}, np.random.default_rng(0)
     noise = rng.integers(0, 1 << 15, 1 << 24, dtype=np.uint16).view(ml_dtypes.bfloat16)  # any bits will do
 
     def flush():
@@ -49,12 +49,11 @@ def write(folder: Path, config: dict) -> int:
         for key in convert.torch_names(name, leaf.shape):
             shape = inner[::-1] if name.endswith("kernel") else inner
             shard[key] = np.resize(noise, shape)
-            size, total = size + shard[key].nbytes, total + shard[key].nbytes
+            size += shard[key].nbytes
             if size > 4e9:
                 flush()
     flush()
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    return total
 
 
 def main() -> None:

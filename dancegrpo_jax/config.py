@@ -77,7 +77,7 @@ KEYS: dict[str, Key] = {
 
     "model.policy": Key("stable_diffusion", _POLICY, "family of the base model"),
     "model.folder": Key("", _NOT_EMPTY, "pipeline in the diffusers layout: a folder, or a hub id owner/name[@revision]"),
-    "model.dtype": Key("float32", _one_of("float32", "bfloat16"), "compute dtype of the networks; weights are float32"),
+    "model.dtype": Key("float32", _one_of("float32", "bfloat16"), "compute dtype of the networks; what is trained is float32"),
     "model.remat": Key(True, _ANY, "recompute activations in the backward pass: less memory, about 1/3 more compute"),
     "model.height": Key(512, _at_least(8, 8), "of the images, pixels"),
     "model.width": Key(512, _at_least(8, 8), "of the images, pixels"),

@@ -12,6 +12,7 @@ from dancegrpo_jax.config import run_config
 from dancegrpo_jax.models.base import configured_policy, lora_settings
 from dancegrpo_jax.rollout import sample
 from dancegrpo_jax.sde import Schedule, deterministic
+from dancegrpo_jax.sharding import shard_batch
 
 
 @partial(jax.jit, static_argnames=("policy",))
@@ -24,6 +25,11 @@ def decode(policy, frozen, latents):
 def encode(policy, frozen, tokens):
     """Token ids {encoder: [P, L]} to the conditioning pytree of [P, ...]."""
     return policy.encode(frozen, tokens)
+
+
+def encode_prompts(policy, frozen, mesh, prompts: list[str]):
+    """Prompts to conditioning, split over the mesh."""
+    return encode(policy, frozen, shard_batch(policy.tokenize(prompts), mesh))
 
 
 def generate(policy, params, frozen, prompts: list[str], schedule: Schedule, *, embed, batch: int, seed: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from dancegrpo_jax import data, grpo, sharding
 from dancegrpo_jax.checkpoint import Checkpointer, PreemptionGuard
 from dancegrpo_jax.config import trained_steps, validate
 from dancegrpo_jax.embeddings import EmbeddingSet, fingerprint
-from dancegrpo_jax.evaluate import decode, encode, evaluate, generate, to_uint8
+from dancegrpo_jax.evaluate import decode, encode_prompts, evaluate, generate, to_uint8
 from dancegrpo_jax.metrics import MetricWriter, Progress, StepTimer, image_grid, start_run_dir
 from dancegrpo_jax.models.base import configured_policy, lora_settings
 from dancegrpo_jax.report import write_report
@@ -62,7 +62,7 @@ def _train(config, mesh, preemption) -> dict:
     def embed(prompts: list[str]):
         if embedded:
             return sharding.shard_batch(embedded(prompts), mesh)
-        return encode(policy, frozen, sharding.shard_batch(policy.tokenize(prompts), mesh))
+        return encode_prompts(policy, frozen, mesh, prompts)
 
     schedule = policy.schedule(config.sampler.steps, config.sampler.shift)
     eval_schedule = policy.schedule(config.sampler.eval_steps, config.sampler.shift)

@@ -7,6 +7,7 @@ resumes with the next shard. A FLUX prompt takes 3.1 MB at T5's 512 tokens, and 
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,7 +25,7 @@ def precompute(argv: list[str], out: str, batch: str) -> Path:
     from dancegrpo_jax import embeddings, sharding
     from dancegrpo_jax.config import ConfigError, load, validate
     from dancegrpo_jax.data import read_prompts
-    from dancegrpo_jax.evaluate import encode
+    from dancegrpo_jax.evaluate import encode_prompts
     from dancegrpo_jax.models.base import configured_policy
 
     config = load(argv)
@@ -41,9 +42,7 @@ def precompute(argv: list[str], out: str, batch: str) -> Path:
             print(f"{cut} of {len(prompts)} prompts are too long for the text encoder: their ends are cut", file=sys.stderr)
         frozen = policy.load_text(mesh)
 
-        def embed(prompts):
-            return encode(policy, frozen, sharding.shard_batch(policy.tokenize(prompts), mesh))
-
+        embed = partial(encode_prompts, policy, frozen, mesh)
         source = embeddings.fingerprint(policy)
         with tqdm(total=len(set(prompts) | {""}), unit="prompt") as bar:
             for done, _ in embeddings.write(out, prompts, embed, source, int(batch)):

@@ -10,6 +10,7 @@ or a hub id; `--run` takes model, size, steps and guidance from the run's config
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -56,7 +57,7 @@ def sample(args: argparse.Namespace) -> Path:
 
     from dancegrpo_jax import sharding
     from dancegrpo_jax.data import read_prompts
-    from dancegrpo_jax.evaluate import encode, generate, load_run
+    from dancegrpo_jax.evaluate import encode_prompts, generate, load_run
     from dancegrpo_jax.metrics import image_grid
     from dancegrpo_jax.models.base import find_folder, make_policy, pipeline_policy
 
@@ -79,9 +80,7 @@ def sample(args: argparse.Namespace) -> Path:
             params, frozen = policy.load(mesh=mesh)
             steps, shift = args.steps or default["steps"], args.shift
 
-        def embed(prompts):
-            return encode(policy, frozen, sharding.shard_batch(policy.tokenize(prompts), mesh))
-
+        embed = partial(encode_prompts, policy, frozen, mesh)
         repeated = [prompt for prompt in prompts for _ in range(args.images_per_prompt)]
         images = generate(policy, params, frozen, repeated, policy.schedule(steps, shift), embed=embed,
                           batch=min(args.batch, len(repeated)), seed=args.seed)

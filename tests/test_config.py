@@ -50,7 +50,8 @@ def test_defaults_are_complete_locked_and_documented():
 
 def test_choices_are_those_of_the_algorithm():
     from dancegrpo_jax import grpo, sde
-    assert (c.FLOW_KERNELS, c.DIFFUSION_KERNELS, c.COMBINE) == (sde.FLOW_KERNELS, sde.DIFFUSION_KERNELS, grpo.COMBINE)
+    assert (c.FLOW_KERNELS, c.DIFFUSION_KERNELS, c.COMBINE, c.TIME_ROUNDING) == (
+        sde.FLOW_KERNELS, sde.DIFFUSION_KERNELS, grpo.COMBINE, sde.TIME_ROUNDING)
 
 
 def test_overrides(write):

@@ -19,7 +19,7 @@ from transformers import CLIPTokenizer
 
 from dancegrpo_jax.data import PACKAGE
 from dancegrpo_jax.models.clip import CLIPTextModel
-from dancegrpo_jax.models.convert import CheckpointError, abstract_model, load_params, read_json
+from dancegrpo_jax.models.convert import CheckpointError, abstract_model, load_params, read_json, stored_in
 from dancegrpo_jax.models.hub import PATTERNS, find_in_hub
 from dancegrpo_jax.models.layers import LoRAParam, merge, split
 from dancegrpo_jax.models.lora import add_lora, init_adapters
@@ -29,7 +29,6 @@ from dancegrpo_jax.sharding import map_slices, param_shardings
 
 _REGISTRY = {"flux": "dancegrpo_jax.models.flux_policy:FluxPolicy",
              "stable_diffusion": "dancegrpo_jax.models.stable_diffusion:StableDiffusionPolicy"}
-
 
 
 class Policy:
@@ -114,13 +113,13 @@ class Policy:
             trainable = init_adapters(adapters, nnx.Rngs(seed))
             if mesh:
                 trainable = jax.device_put(trainable, param_shardings(trainable, mesh))
-            frozen = {"denoiser": load_params(self.denoiser_class, folder, self._layout(rest, mesh))}
+            frozen = {"denoiser": load_params(self.denoiser_class, folder, stored_in(self.dtype, rest, mesh))}
         else:
             self.graph, params = split(self.denoiser)
-            trainable = load_params(self.denoiser_class, folder, self._layout(params, mesh, jnp.float32))
+            trainable = load_params(self.denoiser_class, folder, stored_in(jnp.float32, params, mesh))
             frozen = {"denoiser": {}}
         self.vae_graph, params = split(self.vae)
-        frozen["vae"] = load_params(AutoencoderKL, self.part("vae"), self._layout(params, mesh))
+        frozen["vae"] = load_params(AutoencoderKL, self.part("vae"), stored_in(self.dtype, params, mesh))
         frozen |= self.load_text(mesh) if text else {}
         frozen["negative"] = self.encode(frozen, self.tokenize([""])) if text and self.guidance_scale != 1 else {}
         return trainable, frozen
@@ -130,15 +129,8 @@ class Policy:
         frozen, self.text_graphs = {}, {}
         for name, _, model_class, _ in self.text_encoders():
             self.text_graphs[name], params = split(self.texts[name])
-            frozen[name] = load_params(model_class, self.part(name), self._layout(params, mesh))
+            frozen[name] = load_params(model_class, self.part(name), stored_in(self.dtype, params, mesh))
         return frozen
-
-    def _layout(self, params, mesh, dtype=None):
-        """Abstract parameters with the dtype to store them in (matrices: `dtype` or the compute dtype) and where."""
-        shardings = param_shardings(params, mesh) if mesh else dict.fromkeys(params)
-        matrix = dtype or self.dtype
-        return {name: jax.ShapeDtypeStruct(leaf.shape, matrix if name.endswith((".kernel", ".embedding")) else jnp.float32,
-                                           sharding=shardings[name]) for name, leaf in params.items()}
 
     def tokenize(self, prompts: list[str]) -> dict[str, np.ndarray]:
         """int32 token ids {text encoder: [P, L]}, padded to the encoder's length, longer prompts cut."""

@@ -29,6 +29,7 @@ from dancegrpo_jax.models.layers import (
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
+
 def _drop_ignored(config: Mapping, *more: str) -> dict:
     return {key: value for key, value in config.items() if key not in TRANSFORMERS_METADATA and key not in more}
 

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dancegrpo_jax.models.layers import Params, merge, split
+from dancegrpo_jax.sharding import param_shardings
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -85,23 +86,19 @@ def torch_names(name: str, shape: tuple[int, ...]) -> list[str]:
     return [".".join([*parents[:axis], str(i), *parents[axis + 1:], leaf]) for i in range(shape[0])]
 
 
-def _to_torch_layout(name: str, array):
-    if not name.endswith(".kernel"):
-        return array
-    return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
-
-
-def _from_torch_layout(name: str, array):
-    if not name.endswith(".kernel"):
-        return array
-    return array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
-
-
 def _permuted(name: str, items: tuple) -> tuple:
     """One entry per dimension of ours -> the same entries in the order of torch's dimensions."""
     if not name.endswith(".kernel"):
         return items
     return items[::-1] if len(items) == 2 else tuple(items[i] for i in (3, 2, 0, 1))
+
+
+def _to_torch_layout(name: str, array):
+    return array.transpose(_permuted(name, tuple(range(array.ndim))))
+
+
+def _from_torch_layout(name: str, array):
+    return array.transpose(tuple(np.argsort(_permuted(name, tuple(range(array.ndim))))))
 
 
 def match_keys(shapes: Mapping[str, tuple[int, ...]], abstract: Params, *, source="checkpoint", rename=(),
@@ -263,6 +260,22 @@ def read_json(path: str | os.PathLike) -> dict:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+def stored_in(dtype, abstract: Params, mesh=None, *, within: tuple[str, ...] = ("",)) -> Params:
+    """`abstract` as it is to be loaded: matrices in `dtype`, norms, biases and all else fp32, placed by sharding's rules.
+
+    Args:
+      dtype: of the kernels and embeddings whose names start with one of `within`. In the compute dtype they give the same
+        numbers as fp32 ones, which every use would cast.
+      mesh: None leaves the leaves without a sharding.
+    """
+    shardings = param_shardings(abstract, mesh) if mesh else dict.fromkeys(abstract)
+
+    def leaf_dtype(name):
+        return dtype if name.startswith(within) and name.endswith((".kernel", ".embedding")) else jnp.float32
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf_dtype(name), sharding=shardings[name])
+            for name, leaf in abstract.items()}
 
 
 def abstract_model(model_class, folder: str | os.PathLike) -> nnx.Module:

@@ -13,6 +13,7 @@ Each reads a transformers folder, an open_clip checkpoint (`.pt` without torch, 
 import html
 import os
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from safetensors import safe_open
 
 from dancegrpo_jax.data import PACKAGE
 from dancegrpo_jax.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPModel, cosine
-from dancegrpo_jax.models.convert import CheckpointError, Folder, abstract_model, from_torch
+from dancegrpo_jax.models.convert import CheckpointError, Folder, abstract_model, from_torch, stored_in
 from dancegrpo_jax.models.hub import find_in_hub
 from dancegrpo_jax.models.layers import merge, split
 from dancegrpo_jax.models.open_clip import ARCHITECTURES, is_open_clip, to_transformers
@@ -120,10 +121,7 @@ class ClipScore(DeviceReward):
         abstract, tensors = load_clip(path, architecture, dtype)
         self.config = abstract.config
         self.graphdef, leaves = split(abstract)
-        # Towers in the compute dtype, to which their every use would cast; norms, biases and projections stay fp32.
-        layout = {name: jax.ShapeDtypeStruct(leaf.shape, self.dtype if name.startswith(("text_model.", "vision_model."))
-                                             and name.endswith((".kernel", ".embedding")) else jnp.float32)
-                  for name, leaf in leaves.items()}
+        layout = stored_in(self.dtype, leaves, within=("text_model.", "vision_model."))  # projections stay fp32
         self.params = from_torch(tensors, layout, source=path, ignore=CLIPModel.IGNORED_KEYS)
         self.tokenizer = self.load_tokenizer(path, tokenizer)
 
@@ -214,11 +212,16 @@ class Aesthetic(ClipScore):
         return ()
 
     def apply(self, params, images, text):
-        head = {name: params[name] for name in ("head.weight", "head.bias")}
-        model = merge(self.graphdef, {name: leaf for name, leaf in params.items() if name not in head})
-        x = self.features(model, images)
-        x = x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True))
-        return (x * head["head.weight"]).sum(-1) + head["head.bias"]
+        params, head = split_head(params)
+        x = self.features(merge(self.graphdef, params), images)
+        return head(x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True)))
+
+
+def split_head(params: dict) -> tuple[dict, Callable]:
+    """(the parameters without the head of `fold_head`, the head as a function [..., features] -> [...])."""
+    weight, bias = params["head.weight"], params["head.bias"]
+    return ({name: leaf for name, leaf in params.items() if not name.startswith("head.")},
+            lambda x: (x * weight).sum(-1) + bias)
 
 
 find = partial(find_in_hub, root=PACKAGE.parent)

@@ -2,17 +2,16 @@
 
 import os
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from dancegrpo_jax.models.blip import Blip, BlipConfig
-from dancegrpo_jax.models.convert import from_torch
+from dancegrpo_jax.models.convert import from_torch, stored_in
 from dancegrpo_jax.models.layers import merge, split
 from dancegrpo_jax.models.torch_file import read_torch
 from dancegrpo_jax.rewards.base import DeviceReward, register
-from dancegrpo_jax.rewards.clip import find, fold_head, preprocess
+from dancegrpo_jax.rewards.clip import find, fold_head, preprocess, split_head
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw output, from the package
 LENGTH = 35
@@ -39,9 +38,8 @@ class ImageReward(DeviceReward):
         self.dtype, self.config, path = jnp.dtype(dtype), config, find(model)
         tensors = read_torch(path)
         self.graphdef, leaves = split(nnx.eval_shape(lambda: Blip(config, rngs=nnx.Rngs(0))))
-        layout = {name: jax.ShapeDtypeStruct(leaf.shape, self.dtype if name.endswith((".kernel", ".embedding")) else jnp.float32)
-                  for name, leaf in leaves.items()}
-        self.params = from_torch(tensors, layout, source=path, rename=Blip.LEGACY_KEYS, ignore=Blip.IGNORED_KEYS)
+        self.params = from_torch(tensors, stored_in(self.dtype, leaves), source=path, rename=Blip.LEGACY_KEYS,
+                                 ignore=Blip.IGNORED_KEYS)
         head = {key.removeprefix("mlp."): value for key, value in tensors.items() if key.startswith("mlp.")}
         self.params |= fold_head(head, config.text_width, path)
         self.tokenizer = BertTokenizer.from_pretrained(find(tokenizer), local_files_only=True)
@@ -54,10 +52,8 @@ class ImageReward(DeviceReward):
         return {"ids": np.array(found["input_ids"], np.int32), "mask": np.array(found["attention_mask"], bool)}
 
     def apply(self, params, images, text):
-        head = {name: params[name] for name in ("head.weight", "head.bias")}
-        model = merge(self.graphdef, {name: leaf for name, leaf in params.items() if name not in head})
+        params, head = split_head(params)
         pixels = preprocess(images.reshape(-1, *images.shape[2:]), self.config.image_size).astype(self.dtype)
         ids, mask = (jnp.repeat(text[name], images.shape[1], axis=0) for name in ("ids", "mask"))
-        token = model(pixels, ids, mask).astype(jnp.float32)
-        raw = (token * head["head.weight"]).sum(-1) + head["head.bias"]
-        return ((raw - MEAN) / STD).reshape(images.shape[:2])
+        token = merge(self.graphdef, params)(pixels, ids, mask).astype(jnp.float32)
+        return ((head(token) - MEAN) / STD).reshape(images.shape[:2])
