@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-# The choices of sde.py and grpo.py, spelled again so that help and config errors come without importing jax.
+# The choices of sde.py, grpo.py and models/layers.py, spelled again so that help and config errors come without importing jax.
 FLOW_KERNELS, DIFFUSION_KERNELS = ("dance", "flow", "cps"), ("ddim", "sde")
 TIME_ROUNDING = ("exact", "int", "bf16_ref")
 COMBINE = ("advantages", "rewards", "gdpo")
 SCHEDULES = ("constant", "linear", "cosine")
+REMAT = ("full", "attention", "dots", "none")
 
 
 class ConfigError(ValueError):
@@ -78,7 +79,8 @@ KEYS: dict[str, Key] = {
     "model.policy": Key("stable_diffusion", _POLICY, "family of the base model"),
     "model.folder": Key("", _NOT_EMPTY, "pipeline in the diffusers layout: a folder, or a hub id owner/name[@revision]"),
     "model.dtype": Key("float32", _one_of("float32", "bfloat16"), "compute dtype of the networks; what is trained is float32"),
-    "model.remat": Key(True, _ANY, "recompute activations in the backward pass: less memory, about 1/3 more compute"),
+    "model.remat": Key("full", _one_of(*REMAT), "what the backward pass recomputes: full = all (least memory, about 1/3 more "
+                       "compute), attention = all but attention, dots = all but products with weights, none"),
     "model.height": Key(512, _at_least(8, 8), "of the images, pixels"),
     "model.width": Key(512, _at_least(8, 8), "of the images, pixels"),
     "model.guidance_scale": Key(1.0, _at_least(0), "classifier-free guidance in rollout and update; 1 = off"),
@@ -146,6 +148,7 @@ KEYS: dict[str, Key] = {
 
     "mesh.data": Key(-1, _AXIS, "devices that each hold all weights and share the batch"),
     "mesh.fsdp": Key(1, _AXIS, "devices that share weights and batch"),
+    "mesh.seq": Key(1, _AXIS, "devices that share the tokens of each sample (FLUX), for long sequences"),
     "mesh.tensor": Key(1, _AXIS, "devices that share the features of each layer"),
 
     "log.tensorboard": Key(True, _ANY, "write TensorBoard events into run_dir"),
@@ -224,9 +227,15 @@ def _check_type(name: str, value, kind: type) -> None:
 
 def _check_rewards(name: str, rewards: dict) -> None:
     for reward, options in rewards.items():
-        weight = (options or {}).get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            _fail(f"{name}.{reward}.weight", weight, "must be a finite number; 0 means logged only")
+        for weight in _weights(options):
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                _fail(f"{name}.{reward}.weight", weight, "must be a finite number, or {component: number}; 0 means logged only")
+
+
+def _weights(options: dict | None) -> list:
+    """The weights of one reward: a single one, or one for each of its components."""
+    weight = (options or {}).get("weight", 1.0)
+    return list(weight.values()) if isinstance(weight, dict) else [weight]
 
 
 def _divisors_near(total: int, value: int) -> str:
@@ -254,7 +263,7 @@ def validate(config: ConfigDict, devices: int | None = None) -> None:
             _fail(name, value, f"must be {key.rule.text} ({key.help}); set --config.{name}=...")
     _check_rewards("rewards", flat["rewards"])
     _check_rewards("eval.rewards", flat["eval.rewards"])
-    if not any((options or {}).get("weight", 1.0) for options in flat["rewards"].values()):
+    if not any(weight for options in flat["rewards"].values() for weight in _weights(options)):
         _fail("rewards", flat["rewards"], "at least one weight must differ from 0")
     _check_sampler(config)
     _check_lora(config)
@@ -304,7 +313,7 @@ def _check_batch(config, devices: int | None) -> None:
               f"({rows // grpo.updates_per_rollout} samples x {steps} timesteps); near are "
               f"{_divisors_near(pairs, grpo.microbatch)}")
 
-    axes = {name: config.mesh[name] for name in ("data", "fsdp", "tensor")}
+    axes = {name: config.mesh[name] for name in ("data", "fsdp", "seq", "tensor")}
     rest = [name for name, size in axes.items() if size == -1]
     if len(rest) > 1:
         _fail(f"mesh.{rest[1]}", -1, f"only one axis may be -1, and config.mesh.{rest[0]} is; give a number of devices")

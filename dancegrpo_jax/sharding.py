@@ -1,8 +1,8 @@
 """Where arrays live: a mesh from the config, path rules for parameters, the batch over (data, fsdp).
 
-Three axes: `data` replicates parameters and splits the batch, `fsdp` splits both, `tensor` splits the features of
-parameters. The mesh is a context (`with jax.set_mesh(mesh)`), so functions constrain arrays by axis name and are
-the same program on one device, where the constraints vanish.
+Four axes: `data` replicates parameters and splits the batch, `fsdp` splits both, `seq` splits the tokens of a sample,
+`tensor` the features of parameters. The mesh is a context (`with jax.set_mesh(mesh)`), so functions constrain arrays by
+axis name and are the same program on one device, where the constraints vanish.
 """
 
 import re
@@ -10,10 +10,11 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "seq", "tensor")
 BATCH = ("data", "fsdp")
 
 # (regex on the parameter name, axes of its last dimensions). First match wins; what does not divide is replicated.
@@ -27,14 +28,27 @@ RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    """Builds the mesh over all devices; one axis may be -1, "the rest".
+def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
+    """Builds the mesh over `devices` (default: all); one axis may be -1, "the rest".
 
+    Neighbours on an axis are neighbours in the torus, tensor's closest. Of several slices each holds an equal part of the
+    `data` axis, the only one whose traffic (gradients, once an update) the network between slices is fit for.
     `config.validate` explains what is wrong with axes that do not multiply to the number of devices.
+
+    Raises: ValueError if the data axis is not a multiple of the slices.
     """
-    shape = np.arange(jax.device_count()).reshape(data, fsdp, tensor).shape
+    devices = jax.devices() if devices is None else list(devices)
+    shape = np.arange(len(devices)).reshape(data, fsdp, seq, tensor).shape
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % slices:
+        raise ValueError(f"config.mesh.data={shape[0]}: must be a multiple of the {slices} slices; set it to {slices} or -1")
+    if slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh((shape[0] // slices, *shape[1:]), (slices, 1, 1, 1), devices,
+                                                    allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     # Auto axes: jax 0.10 defaults to explicit ones, which break scan carries.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _axes(mesh) -> dict:
@@ -69,8 +83,16 @@ def param_shardings(tree, mesh):
 
 
 def place_params(tree, mesh):
-    """Puts host parameters on the mesh by RULES."""
-    return jax.device_put(tree, param_shardings(tree, mesh))
+    """Puts parameters that every process has on the mesh by RULES."""
+    return jax.tree.map(_put, tree, param_shardings(tree, mesh))
+
+
+def _put(leaf, sharding):
+    """A global array of which each process supplies the parts on its own devices."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    leaf = np.asarray(leaf)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
 
 def constrain_params(tree):
@@ -112,6 +134,24 @@ def map_slices(function, batch, size: int):
     return y[:, :per_device].reshape(batch.shape[0], *y.shape[2:])
 
 
+def axis_size(name: str) -> int:
+    """Devices along one axis of the current mesh; 1 without a mesh."""
+    return _axes(jax.sharding.get_abstract_mesh()).get(name, 1)
+
+
+def constrain(x, *spec):
+    """Inside jit: splits every dimension of x over the axes that `spec` names for it; None: not split.
+
+    What does not divide is left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    fitted = _fit(spec, x.shape, _axes(mesh))
+    return jax.lax.with_sharding_constraint(x, P(*(
+        P.UNCONSTRAINED if wanted and not given else given for wanted, given in zip(spec, fitted, strict=True))))
+
+
 def batch_devices(mesh=None) -> int:
     """Into how many parts the batch is split on the mesh (default: the current one); 1 without a mesh."""
     axes = _axes(mesh or jax.sharding.get_abstract_mesh())
@@ -119,12 +159,12 @@ def batch_devices(mesh=None) -> int:
 
 
 def shard_batch(tree, mesh):
-    """Puts host arrays on the mesh, dimension 0 over (data, fsdp) where it divides, else replicated."""
+    """Puts arrays that every process has on the mesh, dimension 0 over (data, fsdp) where it divides, else replicated."""
     def put(leaf):
-        return jax.device_put(leaf, NamedSharding(mesh, _fit((BATCH,), leaf.shape, _axes(mesh)) if np.ndim(leaf) else P()))
+        return _put(leaf, NamedSharding(mesh, _fit((BATCH,), leaf.shape, _axes(mesh)) if np.ndim(leaf) else P()))
     return jax.tree.map(put, tree)
 
 
 def replicate(tree, mesh):
-    """Puts arrays on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    """Puts arrays that every process has on every device of the mesh."""
+    return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, P())), tree)

@@ -228,12 +228,12 @@ def train_base(paradigm: str, out: Path, root: Path, args, log):
             sigma = jax.nn.sigmoid(jax.random.normal(key_t, x0.shape[:1]) + 0.5)  # logit-normal, towards the noise
             column = sigma[:, None, None, None]
             tokens = flux.pack((1 - column) * x0 + column * eps)
-            output = flux.unpack(model(tokens, hidden, pooled, 1000 * sigma, (4, 4), remat=False), (4, 4))
+            output = flux.unpack(model(tokens, hidden, pooled, 1000 * sigma, (4, 4), remat="none"), (4, 4))
             loss = jnp.square(output - (eps - x0)).mean()
         else:
             t = jax.random.randint(key_t, x0.shape[:1], 0, 1000)
             sigma = noise_levels[t][:, None, None, None]
-            output = model(jnp.sqrt(1 - sigma**2) * x0 + sigma * eps, t, hidden, remat=False)
+            output = model(jnp.sqrt(1 - sigma**2) * x0 + sigma * eps, t, hidden, remat="none")
             loss = jnp.square(output - eps).mean()
         return loss, {"loss": loss}
 

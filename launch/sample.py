@@ -76,7 +76,7 @@ def sample(args: argparse.Namespace) -> Path:
             guidance = {"embedded_guidance" if name == "flux" else "guidance_scale": guidance}
             policy = make_policy(
                 name, folder, kernel=default["kernel"], eta=1.0, height=int(height), width=int(width or height),
-                dtype=args.dtype, remat=False, decode_tile=args.decode_tile, **guidance)
+                dtype=args.dtype, remat="none", decode_tile=args.decode_tile, **guidance)
             params, frozen = policy.load(mesh=mesh)
             steps, shift = args.steps or default["steps"], args.shift
 

@@ -50,15 +50,16 @@ def test_defaults_are_complete_locked_and_documented():
 
 def test_choices_are_those_of_the_algorithm():
     from dancegrpo_jax import grpo, sde
-    assert (c.FLOW_KERNELS, c.DIFFUSION_KERNELS, c.COMBINE, c.TIME_ROUNDING) == (
-        sde.FLOW_KERNELS, sde.DIFFUSION_KERNELS, grpo.COMBINE, sde.TIME_ROUNDING)
+    from dancegrpo_jax.models import layers
+    assert (c.FLOW_KERNELS, c.DIFFUSION_KERNELS, c.COMBINE, c.TIME_ROUNDING, c.REMAT) == (
+        sde.FLOW_KERNELS, sde.DIFFUSION_KERNELS, grpo.COMBINE, sde.TIME_ROUNDING, tuple(layers.REMAT))
 
 
 def test_overrides(write):
-    config = load(write(), "optim.learning_rate=3e-4", "steps=7", "model.remat=false", "sampler.eta=1",
+    config = load(write(), "optim.learning_rate=3e-4", "steps=7", "model.remat=none", "sampler.eta=1",
                   "model.lora.targets=.*to_q,.*to_k", "run_dir=runs/a=b", "grpo.microbatch=6", "steps=9",
                   'rewards={"clip": {"weight": 2, "batch": 4}}', "rewards.clip.weight=0.5", "eval.rewards={'jpeg': {}}")
-    assert (config.optim.learning_rate, config.steps, config.model.remat) == (3e-4, 9, False)
+    assert (config.optim.learning_rate, config.steps, config.model.remat) == (3e-4, 9, "none")
     assert config.model.lora.targets == (".*to_q", ".*to_k") and config.run_dir == "runs/a=b"
     assert isinstance(config.sampler.eta, float)
     assert config.rewards.to_dict() == {"clip": {"weight": 0.5, "batch": 4}}  # replaces the file's, then one option
@@ -86,7 +87,7 @@ WRONG = [  # (override, words the message must have)
     ("optim.learning_rate=0", ["config.optim.learning_rate=0.0", "> 0"]),
     ("optim.learning_rate=nan", ["config.optim.learning_rate=nan", "finite"]),
     ("optim.b2=1", ["config.optim.b2=1.0", "[0, 1)"]),
-    ("model.remat=maybe", ["config.model.remat='maybe'", "true or false"]),
+    ("model.remat=maybe", ["config.model.remat='maybe'", "must be one of"]),
     ("model.policy=fluxx", ["config.model.policy='fluxx'", "flux, stable_diffusion"]),
     ("model.dtype=float16", ["config.model.dtype='float16'", "'float32', 'bfloat16'"]),
     ("model.folder=", ["config.model.folder=''", "not empty"]),

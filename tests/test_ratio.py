@@ -47,8 +47,7 @@ def test_ratio_is_one_before_the_first_update(pipelines, paradigm, dtype, rank, 
     if rank:  # fresh adapters are zero: move them, so that they take part
         keys = jax.random.split(jax.random.key(5), len(trainable))
         trainable = {name: 0.2 * jax.random.normal(key, leaf.shape) for key, (name, leaf) in zip(keys, trainable.items())}
-    mesh = jax.make_mesh((devices, 1, 1), sharding.AXES, devices=jax.devices()[:devices],
-                         axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
         trainable, frozen = sharding.place_params((trainable, frozen), mesh)
         tokens = policy.tokenize((PROMPTS * prompts)[:prompts])

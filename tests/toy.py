@@ -58,7 +58,7 @@ class MLPPolicy:
 PROMPTS, GROUP, STEPS = 4, 4, 6
 POLICY = MLPPolicy()
 SCHEDULE = sde.flow_schedule(STEPS, 3.0)
-MESHES = [None, (8, 1, 1), (2, 4, 1)]  # (data, fsdp, tensor); None: one device
+MESHES = [None, (8, 1), (2, 4)]  # (data, fsdp); None: one device
 
 
 def on_mesh(shape):

@@ -25,7 +25,7 @@ from dancegrpo_jax.models.layers import LoRAParam, merge, split
 from dancegrpo_jax.models.lora import add_lora, init_adapters
 from dancegrpo_jax.models.vae import AutoencoderKL
 from dancegrpo_jax.sde import Schedule
-from dancegrpo_jax.sharding import map_slices, param_shardings
+from dancegrpo_jax.sharding import map_slices, place_params
 
 _REGISTRY = {"flux": "dancegrpo_jax.models.flux_policy:FluxPolicy",
              "stable_diffusion": "dancegrpo_jax.models.stable_diffusion:StableDiffusionPolicy"}
@@ -51,7 +51,7 @@ class Policy:
     kernels: tuple[str, ...]
 
     def __init__(self, folder, *, kernel: str, eta: float, height: int, width: int, dtype=jnp.float32,
-                 remat: bool = True, guidance_scale: float = 1.0, embedded_guidance: float = 3.5, text_length: int = 0,
+                 remat: str = "full", guidance_scale: float = 1.0, embedded_guidance: float = 3.5, text_length: int = 0,
                  time_rounding: str = "exact", decode_batch: int = 0, decode_tile: int = 0):
         """Reads configs and tokenizers, no weights. The settings are those of `config.model` and `config.sampler`.
 
@@ -112,7 +112,7 @@ class Policy:
             self.graph, adapters, rest = split(self.denoiser, LoRAParam, ...)
             trainable = init_adapters(adapters, nnx.Rngs(seed))
             if mesh:
-                trainable = jax.device_put(trainable, param_shardings(trainable, mesh))
+                trainable = place_params(trainable, mesh)
             frozen = {"denoiser": load_params(self.denoiser_class, folder, stored_in(self.dtype, rest, mesh))}
         else:
             self.graph, params = split(self.denoiser)

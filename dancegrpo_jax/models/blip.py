@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dancegrpo_jax.models.layers import Conv, Embedding, LayerNorm, Linear, Stack, attention, gelu_erf, split_heads
+from dancegrpo_jax.models.attention import attention, split_heads
+from dancegrpo_jax.models.layers import Conv, Embedding, LayerNorm, Linear, Stack, gelu_erf
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dancegrpo_jax.models.convert import TRANSFORMERS_METADATA, parse_config
+from dancegrpo_jax.models.attention import attention, split_heads
 from dancegrpo_jax.models.layers import (
     ACTIVATIONS,
     Conv,
@@ -22,8 +23,6 @@ from dancegrpo_jax.models.layers import (
     LayerNorm,
     Linear,
     Stack,
-    attention,
-    split_heads,
 )
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dancegrpo_jax.models.attention import attention, split_heads
 from dancegrpo_jax.models.layers import (
     FeedForward,
     LayerNorm,
@@ -21,12 +22,12 @@ from dancegrpo_jax.models.layers import (
     RMSNorm,
     Stack,
     TimestepEmbedding,
-    attention,
     gelu_tanh,
-    split_heads,
     timestep_embedding,
 )
+from dancegrpo_jax.sharding import BATCH, axis_size, constrain
 
+TOKENS = (BATCH, "seq", None)  # axes of activations [B, n, D]
 EPS = 1e-6  # of every normalisation in the model
 TIME_FEATURES = 256
 ROPE_THETA = 10_000.0
@@ -71,7 +72,7 @@ class FluxTransformer2DModel(nnx.Module):
         self.proj_out = Linear(dim, config.patch_size**2 * (config.out_channels or config.in_channels), rngs=rngs)
 
     def __call__(self, hidden_states, encoder_hidden_states, pooled_projections, timestep, grid: tuple[int, int],
-                 guidance=None, dtype=jnp.float32, remat: bool = True):
+                 guidance=None, dtype=jnp.float32, remat: str = "full"):
         """Predicts the velocity, d x / d sigma.
 
         Args:
@@ -82,7 +83,7 @@ class FluxTransformer2DModel(nnx.Module):
           grid: (rows, cols) of the image tokens in raster order, static.
           guidance: fp32 [B] on the model's scale, 1000 * guidance_scale; given exactly when `guidance_embeds`.
           dtype: compute dtype, static. Sinusoids, norm statistics, rotations and softmax are fp32 regardless.
-          remat: recompute each block in the backward pass instead of keeping its activations.
+          remat: what the backward pass recomputes of each block (`layers.REMAT`), static.
         Returns: fp32 [B, N, patch_size^2 * out_channels].
         Raises: ValueError if `grid` does not fit N or `guidance` does not fit the config.
         """
@@ -91,15 +92,22 @@ class FluxTransformer2DModel(nnx.Module):
         if rows * cols != hidden_states.shape[1]:
             raise ValueError(f"grid {rows} x {cols} does not fit {hidden_states.shape[1]} image tokens")
         temb = self.time_text_embed(timestep, guidance, pooled_projections.astype(dtype))
-        condition = jax.nn.silu(temb)
-        rotary = rotary_tables(image_positions(text_len, rows, cols), self.config.axes_dims_rope)
+        # The modulations of all blocks at once: their weights are a quarter of the model and see one vector a sample, so
+        # on a mesh it is the vectors that travel, not the weights.
+        condition = constrain(jax.nn.silu(temb), "data", "fsdp")
+        dual, single = (jax.tree.map(lambda m: constrain(m, None, BATCH, None, None), blocks.each("modulate", condition))
+                        for blocks in (self.transformer_blocks, self.single_transformer_blocks))
+        layout = TokenLayout(text_len, rows, cols)
+        rotary = rotary_tables(layout.positions(), self.config.axes_dims_rope)
+        valid = layout.valid()
 
-        image = self.x_embedder(hidden_states.astype(dtype))
-        text = self.context_embedder(encoder_hidden_states.astype(dtype))
-        text, image = self.transformer_blocks((text, image), condition, rotary, remat=remat)
-        (x,) = self.single_transformer_blocks((jnp.concatenate([text, image], axis=1),), condition, rotary, remat=remat)
-        x, scale, shift = self.norm_out(x[:, text_len:], condition)
-        return self.proj_out(x * (1 + scale) + shift).astype(jnp.float32)
+        image = layout.pad(self.x_embedder(hidden_states.astype(dtype)))
+        text = layout.pad(self.context_embedder(encoder_hidden_states.astype(dtype)))
+        text, image = self.transformer_blocks((text, image), rotary, valid, layout, own=dual, remat=remat)
+        (x,) = self.single_transformer_blocks((layout.join(text, image),), rotary, valid, own=single, remat=remat)
+        _, image = layout.separate(x)
+        x, scale, shift = self.norm_out(image, self.norm_out.linear(condition)[:, None])
+        return self.proj_out(x * (1 + scale) + shift)[:, :rows * cols].astype(jnp.float32)
 
 
 class TimeTextEmbedding(nnx.Module):
@@ -121,14 +129,14 @@ class TimeTextEmbedding(nnx.Module):
 
 
 class AdaLayerNorm(nnx.Module):
-    """LayerNorm without parameters, and the `n` vectors [B, 1, D] that modulate it, from condition = silu(temb)."""
+    """LayerNorm without parameters, and the `n` vectors [B, 1, D] that its modulation linear(silu(temb)) [B, 1, n D] holds."""
 
     def __init__(self, features: int, n: int, *, rngs: nnx.Rngs):
         self.linear = Linear(features, n * features, rngs=rngs)
         self.norm, self.n = LayerNorm(features, eps=EPS, affine=False), n
 
-    def __call__(self, x, condition):
-        return self.norm(x), *jnp.split(self.linear(condition)[:, None], self.n, axis=-1)
+    def __call__(self, x, modulation):
+        return self.norm(x), *jnp.split(modulation, self.n, axis=-1)
 
 
 class FluxAttention(nnx.Module):
@@ -144,18 +152,18 @@ class FluxAttention(nnx.Module):
             self.add_q_proj, self.add_k_proj, self.add_v_proj = linear(), linear(), linear()
             self.to_out, self.to_add_out = nnx.List([linear(), nnx.Module()]), linear()
 
-    def __call__(self, x, rotary, text=None):
+    def __call__(self, x, rotary, valid, layout=None, text=None):
         """[B, S, D] -> [B, S, D] unprojected; with `text`, (text [B, L, D], image [B, N, D]), both projected."""
         q = self.norm_q(split_heads(self.to_q(x), self.heads))
         k = self.norm_k(split_heads(self.to_k(x), self.heads))
         v = split_heads(self.to_v(x), self.heads)
         if text is None:
-            return attention(rotate(q, rotary), rotate(k, rotary), v)
-        q = jnp.concatenate([self.norm_added_q(split_heads(self.add_q_proj(text), self.heads)), q], axis=1)
-        k = jnp.concatenate([self.norm_added_k(split_heads(self.add_k_proj(text), self.heads)), k], axis=1)
-        v = jnp.concatenate([split_heads(self.add_v_proj(text), self.heads), v], axis=1)
-        out = attention(rotate(q, rotary), rotate(k, rotary), v)
-        return self.to_add_out(out[:, :text.shape[1]]), self.to_out[0](out[:, text.shape[1]:])
+            return attention(rotate(q, rotary), rotate(k, rotary), v, valid=valid)
+        q = layout.join(self.norm_added_q(split_heads(self.add_q_proj(text), self.heads)), q)
+        k = layout.join(self.norm_added_k(split_heads(self.add_k_proj(text), self.heads)), k)
+        v = layout.join(split_heads(self.add_v_proj(text), self.heads), v)
+        text, image = layout.separate(attention(rotate(q, rotary), rotate(k, rotary), v, valid=valid))
+        return self.to_add_out(text), self.to_out[0](image)
 
 
 class DualBlock(nnx.Module):
@@ -168,13 +176,17 @@ class DualBlock(nnx.Module):
         self.ff = FeedForward(features, activation="gelu_pytorch_tanh", rngs=rngs)
         self.ff_context = FeedForward(features, activation="gelu_pytorch_tanh", rngs=rngs)
 
-    def __call__(self, text, image, condition, rotary):
-        x, shift, scale, *image_rest = self.norm1(image, condition)
-        c, c_shift, c_scale, *text_rest = self.norm1_context(text, condition)
-        c, x = self.attn(x * (1 + scale) + shift, rotary, text=c * (1 + c_scale) + c_shift)
+    def modulate(self, condition):
+        """The modulations [B, 1, 6 D] of image and text."""
+        return self.norm1.linear(condition)[:, None], self.norm1_context.linear(condition)[:, None]
+
+    def __call__(self, text, image, modulation, text_modulation, rotary, valid, layout):
+        x, shift, scale, *image_rest = self.norm1(image, modulation)
+        c, c_shift, c_scale, *text_rest = self.norm1_context(text, text_modulation)
+        c, x = self.attn(x * (1 + scale) + shift, rotary, valid, layout, text=c * (1 + c_scale) + c_shift)
         text = self._finish(text, c, self.ff_context, *text_rest)
         image = self._finish(image, x, self.ff, *image_rest)
-        return text, image
+        return constrain(text, *TOKENS), constrain(image, *TOKENS)
 
     def _finish(self, x, attended, feed_forward, gate, ff_shift, ff_scale, ff_gate):
         x = x + gate * attended
@@ -190,11 +202,60 @@ class SingleBlock(nnx.Module):
         self.proj_out = Linear(5 * features, features, rngs=rngs)
         self.attn = FluxAttention(features, heads, joint=False, rngs=rngs)
 
-    def __call__(self, x, condition, rotary):
-        y, shift, scale, gate = self.norm(x, condition)
+    def modulate(self, condition):
+        """The modulation [B, 1, 3 D], as a tuple."""
+        return (self.norm.linear(condition)[:, None],)
+
+    def __call__(self, x, modulation, rotary, valid):
+        y, shift, scale, gate = self.norm(x, modulation)
         y = y * (1 + scale) + shift
-        y = jnp.concatenate([self.attn(y, rotary), gelu_tanh(self.proj_mlp(y))], axis=-1)
-        return (x + gate * self.proj_out(y),)
+        y = jnp.concatenate([self.attn(y, rotary, valid), gelu_tanh(self.proj_mlp(y))], axis=-1)
+        return (constrain(x + gate * self.proj_out(y), *TOKENS),)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLayout:
+    """Where text and image tokens lie in the joint sequence, on a mesh whose `seq` axis splits it into `parts`.
+
+    Each stream is padded to a multiple of the parts; part r of the joint sequence holds part r of the text and part r of
+    the image, so that joining and separating moves nothing between devices. With one part that is [text, image].
+    """
+
+    text_len: int
+    rows: int
+    cols: int
+    parts: int = dataclasses.field(default_factory=lambda: axis_size("seq"))
+
+    def pad(self, x):
+        """Tokens [B, n, D], padded at the end and split over the mesh."""
+        return constrain(jnp.pad(x, ((0, 0), (0, -x.shape[1] % self.parts), (0, 0))), *TOKENS)
+
+    def join(self, text, image):
+        """[B, L, ...] and [B, N, ...], padded, to [B, S, ...]."""
+        concatenate = np.concatenate if isinstance(text, np.ndarray) else jnp.concatenate
+        parts = [x.reshape(x.shape[0], self.parts, -1, *x.shape[2:]) for x in (text, image)]
+        return concatenate(parts, axis=2).reshape(text.shape[0], -1, *text.shape[2:])
+
+    def separate(self, x):
+        """The inverse of `join`."""
+        x = x.reshape(x.shape[0], self.parts, -1, *x.shape[2:])
+        return tuple(part.reshape(x.shape[0], -1, *x.shape[3:]) for part in (
+            jnp.split(x, [-(-self.text_len // self.parts)], axis=2)))
+
+    def _place(self, table: np.ndarray) -> np.ndarray:
+        """Rows [L + N, ...] for text and image tokens, put where the tokens are; padding gets zeros."""
+        streams = (np.pad(x, ((0, -len(x) % self.parts), *((0, 0),) * (x.ndim - 1)))[None]
+                   for x in np.split(table, [self.text_len]))
+        return self.join(*streams)[0]
+
+    def positions(self) -> np.ndarray:
+        """`image_positions` of every token, [S, 3]."""
+        return self._place(image_positions(self.text_len, self.rows, self.cols))
+
+    def valid(self) -> np.ndarray | None:
+        """bool [S], False for padding; None if there is none."""
+        valid = self._place(np.ones(self.text_len + self.rows * self.cols, bool))
+        return None if valid.all() else valid
 
 
 def image_positions(text_len: int, rows: int, cols: int) -> np.ndarray:

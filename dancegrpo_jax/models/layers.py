@@ -142,6 +142,20 @@ class GroupNorm(nnx.Module):
         return (y.reshape(x.shape) * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
+# What the backward pass of a block keeps instead of computing it again; the block's inputs are always kept.
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention", "splash"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the results of all products with weights
+    "none": jax.checkpoint_policies.everything_saveable,
+}
+
+
+def rematerialise(function: Callable, remat: str) -> Callable:
+    """The function, with a backward pass that recomputes what the policy `remat` does not keep."""
+    return function if remat == "none" else jax.checkpoint(function, policy=REMAT[remat])
+
+
 class Stack(nnx.Module):
     """n blocks `make(rngs)` with stacked parameters: `stacked.<path>` has shape [n, ...]."""
 
@@ -150,20 +164,27 @@ class Stack(nnx.Module):
         keys = jax.random.split(rngs.params(), n)
         self.stacked = merge(graphdef, jax.vmap(lambda key: split(make(nnx.Rngs(key)))[1])(keys))
 
-    def __call__(self, carry: tuple, *args, remat: bool = True, collect: bool = False):
-        """Applies block after block: `carry = block(*carry, *args)`, each block recomputed in the backward pass.
+    def __call__(self, carry: tuple, *args, own: tuple = (), remat: str = "full", collect: bool = False):
+        """Applies block after block: `carry = block(*carry, *own[layer], *args)`.
 
-        `carry` is a tuple of arrays and each block returns the next one. With `collect` returns
+        `carry` is a tuple of arrays and each block returns the next one. `own` holds what each block gets for itself,
+        with a leading layer axis. `remat` says what the backward pass recomputes (REMAT). With `collect` returns
         `(carry, every)` where `every` holds the carries after each block, stacked on a leading axis.
         """
         graphdef, params = split(self.stacked)
 
-        def body(carry, layer):
-            carry = merge(graphdef, layer)(*carry, *args)
+        def body(carry, inputs):
+            layer, own = inputs
+            carry = merge(graphdef, layer)(*carry, *own, *args)
             return carry, (carry if collect else None)
 
-        carry, every = jax.lax.scan(jax.checkpoint(body) if remat else body, carry, params)
+        carry, every = jax.lax.scan(rematerialise(body, remat), carry, (params, own))
         return (carry, every) if collect else carry
+
+    def each(self, method: str, *args):
+        """`block.method(*args)` of all blocks at once; results have a leading layer axis."""
+        graphdef, params = split(self.stacked)
+        return jax.vmap(lambda layer: getattr(merge(graphdef, layer), method)(*args))(params)
 
 
 def timestep_embedding(t, dim: int, max_period: float = 10_000.0):
@@ -226,30 +247,3 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x):
         return self.net[2](self.net[0](x))
-
-
-def attention(q, k, v, mask=None, *, bias=None, scale: float | None = None):
-    """softmax(scale q k^T + bias) v with the softmax in fp32.
-
-    Args:
-      q: [B, Nq, heads, d]; k, v: [B, Nk, heads, d].
-      mask: optional bool, broadcastable to [B, heads, Nq, Nk]; False hides a key.
-      bias: optional, added to the logits, broadcastable like `mask`.
-      scale: 1 / sqrt(d) if not given.
-    Returns: [B, Nq, heads * d] in q's dtype.
-    """
-    # Heads first, so that both products are plain batched matmuls: on CPUs the gradient is twice as fast.
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
-    if bias is not None:
-        logits = logits + bias
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    out = jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v).swapaxes(1, 2)
-    return out.reshape(*out.shape[:2], -1)
-
-
-def split_heads(x, heads: int):
-    """[B, N, heads * d] -> [B, N, heads, d]."""
-    return x.reshape(*x.shape[:2], heads, -1)

@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 
 from dancegrpo_jax.models.convert import TRANSFORMERS_METADATA
-from dancegrpo_jax.models.layers import Embedding, Linear, RMSNorm, Stack, attention, gelu_tanh, split_heads
+from dancegrpo_jax.models.attention import attention, split_heads
+from dancegrpo_jax.models.layers import Embedding, Linear, RMSNorm, Stack, gelu_tanh
 
 
 @dataclass(frozen=True)

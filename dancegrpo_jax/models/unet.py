@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dancegrpo_jax.models.conv_blocks import Downsample, ResnetBlock, Upsample
-from dancegrpo_jax.models.layers import (Conv, FeedForward, GroupNorm, LayerNorm, Linear, Stack, TimestepEmbedding,
-                                         attention, merge, split, split_heads, timestep_embedding)
+from dancegrpo_jax.models.attention import attention, split_heads
+from dancegrpo_jax.models.layers import (Conv, FeedForward, GroupNorm, LayerNorm, Linear, Stack, TimestepEmbedding, merge,
+                                         rematerialise, split, timestep_embedding)
 
 TRANSFORMER_NORM_EPS = 1e-6  # the GroupNorm before a spatial transformer; `norm_eps` is that of every other GroupNorm
 
@@ -131,10 +132,10 @@ class SpatialTransformer(nnx.Module):
         self.proj_out = projection()
         self.depth = depth
 
-    def __call__(self, x, context, remat: bool = True):
+    def __call__(self, x, context, remat: str = "full"):
         tokens = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
         # A single block is recomputed as part of its unit (`_call`); recomputing it once more would be a waste.
-        (tokens,) = self.transformer_blocks((tokens,), context, remat=remat and self.depth > 1)
+        (tokens,) = self.transformer_blocks((tokens,), context, remat=remat if self.depth > 1 else "none")
         return x + self.proj_out(tokens.reshape(x.shape))
 
 
@@ -148,7 +149,7 @@ class DownBlock(nnx.Module):
         if level < len(config.block_out_channels) - 1:
             self.downsamplers = nnx.List([Downsample(features, padding=1, rngs=rngs)])
 
-    def __call__(self, x, time, context, remat: bool):
+    def __call__(self, x, time, context, remat: str):
         """Returns the feature map and the list of skips."""
         skips = []
         for i in range(len(self.resnets)):
@@ -166,7 +167,7 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([_resnet(features, features, config, rngs) for _ in range(2)])
         self.attentions = nnx.List([_transformer(-1, config, rngs)])
 
-    def __call__(self, x, time, context, remat: bool):
+    def __call__(self, x, time, context, remat: str):
         x = _unit(self, 0, x, time, context, remat)
         return _call(self.resnets[1], x, time, remat=remat)
 
@@ -184,7 +185,7 @@ class UpBlock(nnx.Module):
         if level > 0:
             self.upsamplers = nnx.List([Upsample(features, rngs=rngs)])
 
-    def __call__(self, x, skips: list, time, context, remat: bool):
+    def __call__(self, x, skips: list, time, context, remat: str):
         for i in range(len(self.resnets)):
             x = _unit(self, i, jnp.concatenate([x, skips.pop()], axis=-1), time, context, remat)
         return self.upsamplers[0](x) if hasattr(self, "upsamplers") else x
@@ -219,7 +220,7 @@ class UNet2DConditionModel(nnx.Module):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = Conv(widths[0], config.out_channels, 3, padding=1, rngs=rngs)
 
-    def __call__(self, sample, timestep, encoder_hidden_states, dtype=jnp.float32, remat: bool = True):
+    def __call__(self, sample, timestep, encoder_hidden_states, dtype=jnp.float32, remat: str = "full"):
         """One evaluation.
 
         Args:
@@ -227,7 +228,7 @@ class UNet2DConditionModel(nnx.Module):
           timestep: [B], 0..1000.
           encoder_hidden_states: text features [B, L, cross_attention_dim].
           dtype: of the computation (static).
-          remat: recompute each resnet and each transformer in the backward pass instead of keeping its insides.
+          remat: what the backward pass recomputes of each resnet and each transformer (`layers.REMAT`).
         Returns: [B, h, w, out_channels] fp32.
         Raises: ValueError for a latent size that does not halve evenly.
         """
@@ -249,7 +250,7 @@ class UNet2DConditionModel(nnx.Module):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x))).astype(jnp.float32)
 
 
-def _unit(block, i: int, x, time, context, remat: bool):
+def _unit(block, i: int, x, time, context, remat: str):
     """Resnet i of a level and, where there is one, the transformer after it."""
     x = _call(block.resnets[i], x, time, remat=remat)
     if hasattr(block, "attentions"):
@@ -257,12 +258,10 @@ def _unit(block, i: int, x, time, context, remat: bool):
     return x
 
 
-def _call(module: nnx.Module, x, condition, *static, remat: bool):
-    """module(x, condition, *static), recomputed in the backward pass if `remat`."""
-    if not remat:
-        return module(x, condition, *static)
+def _call(module: nnx.Module, x, condition, *static, remat: str):
+    """module(x, condition, *static), recomputed in the backward pass as `remat` says."""
     graphdef, params = split(module)  # as arguments, so that their gradients flow through the checkpoint
-    return jax.checkpoint(lambda params, x, condition: merge(graphdef, params)(x, condition, *static))(
+    return rematerialise(lambda params, x, condition: merge(graphdef, params)(x, condition, *static), remat)(
         params, x, condition)
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dancegrpo_jax.models.conv_blocks import Downsample, ResnetBlock, Upsample
-from dancegrpo_jax.models.layers import Conv, GroupNorm, Linear, attention, split_heads
+from dancegrpo_jax.models.attention import attention, split_heads
+from dancegrpo_jax.models.layers import Conv, GroupNorm, Linear
 
 NORM_EPS = 1e-6
 

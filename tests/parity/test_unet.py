@@ -22,9 +22,9 @@ CONFIG = dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
               cross_attention_dim=10)
 # (config, remat): recomputing must change neither outputs nor gradients.
 VARIANTS = {
-    "sd 1": (dict(layers_per_block=2, attention_head_dim=3), True),
+    "sd 1": (dict(layers_per_block=2, attention_head_dim=3), "full"),
     "sd 2": (dict(layers_per_block=1, attention_head_dim=(3, 6), transformer_layers_per_block=(2, 1),
-                  use_linear_projection=True, norm_eps=1e-4), False),
+                  use_linear_projection=True, norm_eps=1e-4), "none"),
 }
 
 

@@ -1,0 +1,174 @@
+"""The same numbers on every mesh, and attention's kernel for TPUs against the plain one."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from dancegrpo_jax import sharding
+from dancegrpo_jax.evaluate import decode, encode_prompts
+from dancegrpo_jax.models import attention as seam
+from dancegrpo_jax.models.flux import FluxTransformer2DModel, TokenLayout
+from dancegrpo_jax.models.layers import merge, split
+from dancegrpo_jax.rollout import rollout
+from dancegrpo_jax.update import Objective, init_state, make_examples, update
+from tests.pipelines import load_policy, write_pipeline
+
+MESHES = {"data 8": {}, "fsdp 8": dict(data=1, fsdp=8), "data 2, fsdp 4": dict(data=2, fsdp=4),
+          "fsdp 4, tensor 2": dict(data=1, fsdp=4, tensor=2), "fsdp 2, seq 4": dict(data=1, fsdp=2, seq=4)}
+CONFIG = FluxTransformer2DModel.Config(
+    in_channels=8, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=24,
+    pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 6, 6))
+TEXT, GRID, BATCH = 7, (3, 5), 8  # 7 and 15 tokens: odd on every seq axis
+
+
+def assert_same(found, expected, tolerance):
+    """Every array within `tolerance` of the expected one's rms."""
+    for name in expected:
+        rms = float(jnp.sqrt(jnp.square(expected[name]).mean()))
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=tolerance * rms, err_msg=name)
+
+
+def assert_same_gradients(found, expected):
+    """Within 1e-5 of each one's norm; of a gradient that cancels to nothing only the rounding of the rest remains."""
+    norms = {name: np.linalg.norm(leaf) for name, leaf in expected.items()}
+    largest = max(norms.values())
+    for name in expected:
+        assert np.linalg.norm(found[name] - np.asarray(expected[name])) <= 1e-5 * norms[name] + 1e-7 * largest, name
+
+
+# ------------------------------------------------------------------------------------------ one iteration
+
+
+@pytest.fixture(scope="module", params=["flow", "diffusion"])
+def unsharded(request, tmp_path_factory):
+    folder = write_pipeline(tmp_path_factory.mktemp(request.param), request.param)
+    return folder, request.param, iterate(folder, request.param, sharding.make_mesh(devices=jax.devices()[:1]))
+
+
+def iterate(folder, paradigm, mesh):
+    """One training iteration: text encoder, rollout, decoding, update. Images, log-probabilities, the new weights."""
+    prompts, group, steps = 8, 2, 3
+    with jax.set_mesh(mesh):
+        policy, *_ = load_policy(folder, paradigm, height=24, width=40)
+        trainable, frozen = policy.load(mesh=mesh)
+        cond = encode_prompts(policy, frozen, mesh, ["a red circle", "two blue squares", "a green star", "one"] * 2)
+        schedule = policy.schedule(steps, 2.0)
+        trajectory = rollout(policy, trainable, frozen, cond, jax.random.key(1), schedule, group_size=group)
+        images = decode(policy, frozen, trajectory.latents[-1])
+        advantage = jax.random.normal(jax.random.key(2), (prompts, group))
+        examples = make_examples(
+            trajectory, schedule, cond, advantage, jnp.tile(jnp.arange(group), (prompts, 1)),
+            jnp.tile(jnp.arange(steps - 1), (prompts * group, 1)), updates=1, microbatch=prompts * group)
+        tx = optax.trace(decay=0.0)  # its state is the gradient
+        state = init_state(trainable, tx=tx, with_ema=False)
+        state, _ = update(policy, tx, Objective(on_policy=True), state, frozen, {}, examples, 0)
+    return {"images": images, "log_probs": trajectory.log_probs[:-1]}, state.opt_state.trace, state.trainable
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
+def test_an_iteration_is_the_same_on_every_mesh(unsharded, mesh):
+    folder, paradigm, (outputs, gradients, _) = unsharded
+    found, sharded_gradients, params = iterate(folder, paradigm, sharding.make_mesh(**mesh))
+    assert_same(found, outputs, 1e-5)
+    assert_same_gradients(sharded_gradients, gradients)
+    for name, leaf in params.items():  # replicas have not drifted apart
+        replicas = {}
+        for shard in leaf.addressable_shards:
+            first = replicas.setdefault(str(shard.index), np.asarray(shard.data))
+            np.testing.assert_array_equal(np.asarray(shard.data), first, err_msg=name)
+
+
+def test_parameters_are_split():
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    spec = partial(sharding.param_spec, mesh=mesh)
+    assert spec("blocks.stacked.attn.to_q.kernel", (3, 8, 8)) == (None, "fsdp", "tensor")
+    assert spec("blocks.stacked.attn.to_out.0.kernel", (3, 8, 8)) == (None, "tensor", "fsdp")
+    assert spec("blocks.stacked.attn.to_q.kernel", (3, 6, 8)) == (None, None, "tensor")  # 6 does not divide by 4
+
+
+# ------------------------------------------------------------------------------------------ tokens over devices
+
+
+def flux_inputs():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
+    return (draw(BATCH, 15, 8), draw(BATCH, TEXT, 24), draw(BATCH, 16), np.full(BATCH, 700, np.float32)), draw(BATCH, 15, 8)
+
+
+@jax.jit(static_argnums=0)
+def flux_gradients(graphdef, params, inputs, cotangent):
+    def loss(params):
+        *inputs_, time = inputs
+        out = merge(graphdef, params)(*inputs_, time, GRID, guidance=jnp.full(BATCH, 3500.0), remat="attention")
+        return jnp.sum(out * cotangent), out
+    return jax.grad(loss, has_aux=True)(params)
+
+
+@pytest.fixture(scope="module")
+def flux():
+    graphdef, params = split(FluxTransformer2DModel(CONFIG, rngs=nnx.Rngs(0)))
+    keys = jax.random.split(jax.random.key(1), len(params))
+    params = {name: leaf + 0.05 * jax.random.normal(key, leaf.shape) for key, (name, leaf) in zip(keys, params.items())}
+    return graphdef, params, *flux_gradients(graphdef, params, *flux_inputs())
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+def test_flux_with_tokens_and_heads_over_devices(flux, kernel, monkeypatch):
+    graphdef, params, gradients, out = flux
+    mesh = sharding.make_mesh(data=1, fsdp=2, seq=2, tensor=2)
+    if kernel == "splash":
+        monkeypatch.setattr(seam, "suits_splash", lambda q, k: True)
+        monkeypatch.setattr(seam, "splash", partial(seam.splash, interpret=True))
+    with jax.set_mesh(mesh):
+        jax.clear_caches()  # the choice of kernel is no argument of the function
+        found = flux_gradients(graphdef, sharding.place_params(params, mesh), *sharding.shard_batch(flux_inputs(), mesh))
+    assert_same({"out": found[1]}, {"out": out}, 1e-5)
+    assert_same_gradients(found[0], gradients)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_token_layout_joins_and_separates(parts):
+    layout = TokenLayout(TEXT, *GRID, parts)
+    text, image = np.arange(TEXT)[None, :, None] + 1, np.arange(15)[None, :, None] + 101
+    pad = lambda x: np.pad(x, ((0, 0), (0, -x.shape[1] % parts), (0, 0)))  # noqa: E731
+    joined = layout.join(pad(text), pad(image))
+    for whole, part in zip((pad(text), pad(image)), layout.separate(joined)):
+        np.testing.assert_array_equal(part, whole)
+    valid = layout.valid()
+    np.testing.assert_array_equal(joined[0, :, 0] > 0, True if valid is None else valid)
+    # every image token has its own place in the grid, wherever it lies in the sequence
+    place = layout.positions()[joined[0, :, 0] > 100]
+    order = joined[0, :, 0][joined[0, :, 0] > 100] - 101
+    np.testing.assert_array_equal(place, np.stack([0 * order, order // GRID[1], order % GRID[1]], axis=1))
+
+
+# ------------------------------------------------------------------------------------------ the kernel
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_splash_is_attention(padded):
+    """Values and gradients, with odd lengths, narrow heads, and heads split over devices."""
+    rng = np.random.default_rng(0)
+    q, k, v, g = (jnp.asarray(rng.standard_normal((2, n, 4, 40), dtype=np.float32)) for n in (150, 333, 333, 150))
+    valid = np.arange(333) % 5 != 3 if padded else None
+
+    def both(attend):
+        return jax.jit(lambda q, k, v: jax.vjp(attend, q, k, v))(q, k, v)
+
+    with jax.set_mesh(sharding.make_mesh(data=1, fsdp=2, seq=2, tensor=2)):
+        found, back = both(lambda q, k, v: seam.splash(q, k, v, valid, 0.3, interpret=True))
+        gradients = back(g)
+    expected, back = both(lambda q, k, v: seam.attention(q, k, v, valid=valid, scale=0.3).reshape(q.shape))
+    for name, ours, theirs in zip("oqkv", (found, *gradients), (expected, *back(g))):
+        assert_same({name: ours}, {name: theirs}, 3e-6)
+
+
+def test_splash_is_for_long_sequences_on_tpus():
+    assert not seam.suits_splash((8, 4096, 24, 128), (8, 4096, 24, 128))  # no mesh
+    with jax.set_mesh(sharding.make_mesh()):
+        assert not seam.suits_splash((8, 4096, 24, 128), (8, 4096, 24, 128))  # no TPU
