@@ -20,9 +20,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from dancegrpo_jax.models.convert import CheckpointError
+from dancegrpo_jax.multihost import on_primary
 
 __all__ = ["CheckpointError", "Checkpointer", "PreemptionGuard"]
 
@@ -146,7 +146,7 @@ class Checkpointer:
             _warn(f"checkpoint {self.directory / name} is half-written; it is skipped")
         for step in sorted(steps, reverse=True):
             folder = self.directory / str(step)
-            record, reason = self._on_primary(lambda folder=folder: _check(folder))
+            record, reason = on_primary(lambda folder=folder: _check(folder))
             if not reason:
                 return step, record
             _warn(f"checkpoint {folder} is skipped: {reason}")
@@ -158,7 +158,7 @@ class Checkpointer:
     def _open(self) -> ocp.CheckpointManager:
         """The manager, made at the first save: restoring alone must not touch the folder of a run that is writing."""
         if self._manager is None:
-            self._on_primary(self._set_aside)
+            on_primary(self._set_aside)
             self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
                 max_to_keep=self.keep, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums)))
@@ -189,15 +189,6 @@ class Checkpointer:
         names = [path.name for path in self.directory.iterdir()] if self.directory.exists() else []
         return ([int(name) for name in names if name.isdigit()],
                 [name for name in names if ocp.utils.TMP_DIR_SUFFIX in name])
-
-    def _on_primary(self, work):
-        """Runs `work` on process 0 and gives its JSON-like result to all, so that every process decides alike."""
-        if jax.process_count() == 1:
-            return work()
-        text = json.dumps(work() if jax.process_index() == 0 else None).encode()
-        size = int(multihost_utils.broadcast_one_to_all(jax.numpy.int32(len(text))))
-        data = jax.numpy.frombuffer(text[:size].ljust(size), dtype="uint8")
-        return json.loads(bytes(multihost_utils.broadcast_one_to_all(data)).decode())
 
     def _failed(self, error: Exception) -> CheckpointError:
         """Forgets the manager, whose state after a failure is undefined; the next save makes a new one."""

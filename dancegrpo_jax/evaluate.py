@@ -10,6 +10,7 @@ import numpy as np
 from dancegrpo_jax.checkpoint import Checkpointer
 from dancegrpo_jax.config import run_config
 from dancegrpo_jax.models.base import configured_policy, lora_settings
+from dancegrpo_jax.multihost import fetch
 from dancegrpo_jax.rollout import sample
 from dancegrpo_jax.sde import Schedule, deterministic
 from dancegrpo_jax.sharding import shard_batch
@@ -50,22 +51,26 @@ def generate(policy, params, frozen, prompts: list[str], schedule: Schedule, *, 
 
 
 def to_uint8(images) -> np.ndarray:
-    """Images in [0, 1] to uint8, rounded."""
-    return np.asarray(jnp.round(images * 255).astype(jnp.uint8))
+    """Images in [0, 1] to uint8, rounded, on every process."""
+    return fetch(jnp.round(images * 255).astype(jnp.uint8))
 
 
-def evaluate(images: np.ndarray, prompts: list[str], rewards) -> dict[str, float]:
+def evaluate(images: np.ndarray, prompts: list[str], rewards, mesh) -> dict[str, float]:
     """Mean and standard error over images of every reward: {"<name>/mean", "<name>/stderr"}.
 
     Args: images uint8 [N, H, W, 3]; rewards: a `rewards.RewardSet`. Invalid scores are left out.
     """
-    scores = rewards.submit(images[:, None] / np.float32(255), prompts).result()
     metrics = {}
-    for name, (values, ok) in scores.items():
-        valid = np.asarray(values)[np.asarray(ok)]
+    for name, (values, ok) in score_images(images[:, None], prompts, rewards, mesh).items():
+        valid = values[ok]
         metrics[f"{name}/mean"] = float(valid.mean()) if valid.size else float("nan")
         metrics[f"{name}/stderr"] = float(valid.std(ddof=1) / valid.size**0.5) if valid.size > 1 else float("nan")
     return metrics
+
+
+def score_images(images: np.ndarray, prompts: list[str], rewards, mesh) -> dict:
+    """Scores uint8 images [P, G, H, W, 3] that every process has: {name: (values [P, G], ok [P, G])} as numpy arrays."""
+    return fetch(rewards(shard_batch(images / np.float32(255), mesh), prompts))
 
 
 def load_run(run_dir, mesh=None, *, text: bool = True):

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 
-from dancegrpo_jax import data, grpo, sharding
+from dancegrpo_jax import data, grpo, multihost, sharding
 from dancegrpo_jax.checkpoint import Checkpointer, PreemptionGuard
 from dancegrpo_jax.config import trained_steps, validate
 from dancegrpo_jax.embeddings import EmbeddingSet, fingerprint
-from dancegrpo_jax.evaluate import decode, encode_prompts, evaluate, generate, to_uint8
+from dancegrpo_jax.evaluate import decode, encode_prompts, evaluate, generate, score_images, to_uint8
 from dancegrpo_jax.metrics import MetricWriter, Progress, StepTimer, image_grid, start_run_dir
 from dancegrpo_jax.models.base import configured_policy, lora_settings
 from dancegrpo_jax.report import write_report
@@ -31,6 +31,7 @@ def train(config) -> dict:
 
     Raises: ConfigError, CheckpointError or ValueError for bad input, before any compute is spent.
     """
+    multihost.initialize()
     validate(config, jax.device_count())
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), PreemptionGuard() as preemption:
@@ -92,16 +93,16 @@ def _train(config, mesh, preemption) -> dict:
     def evaluate_and_show(step: int, name: str | None = None) -> dict:
         generate_now = partial(generate, policy, state.eval_params, frozen, embed=embed, schedule=eval_schedule,
                                batch=config.eval.batch, seed=config.seed)
-        scalars = evaluate(generate_now(heldout), heldout, eval_rewards)
+        scalars = evaluate(generate_now(heldout), heldout, eval_rewards, mesh)
         writer.scalars(step, {f"eval/{key}": value for key, value in scalars.items()})
         progress.note(step, "held-out  " + "  ".join(f"{key} {value:.4f}" for key, value in scalars.items()))
         if name:  # the same prompts and noise, before and after
             shown, columns = heldout[:config.log.prompts_in_grid], 6
             images = generate_now([prompt for prompt in shown for _ in range(columns)])
             images = images.reshape(len(shown), columns, *images.shape[1:])
-            scores = combined_score(eval_rewards, eval_rewards.submit(images / np.float32(255), shown).result())
-            grid = image_grid(images, shown, scores)
-            grid.save(run_dir / f"{name}.png")
+            grid = image_grid(images, shown, combined_score(eval_rewards, score_images(images, shown, eval_rewards, mesh)))
+            if jax.process_index() == 0:
+                grid.save(run_dir / f"{name}.png")
             writer.images(step, f"eval/{name}", grid)
         return scalars
 
@@ -113,7 +114,7 @@ def _train(config, mesh, preemption) -> dict:
     # ---------------------------------------------------------------- the loop
     warned = False
     for iteration in range(start, config.steps):
-        timer = StepTimer()
+        timer, _ = StepTimer(), rewards.clock.take()
         key_step = jax.random.fold_in(key, iteration)
         prompts = prompt_batches[iteration]
         plan = schedule
@@ -136,6 +137,7 @@ def _train(config, mesh, preemption) -> dict:
         timer.wait("decode", images)
         scores = merge_chunks([handle.result() for handle in pending])
         timer.lap("reward")
+        hidden = max(rewards.clock.take() - timer.phases["reward"], 0.0)  # host rewards computed behind the devices' work
 
         trajectory = concatenate(trajectories, axis=1)
         advantage, chosen, time_index, scalars = select(
@@ -158,6 +160,7 @@ def _train(config, mesh, preemption) -> dict:
         scalars |= summarize(jax.device_get(per_update))
         scalars["compiles/rollout"], scalars["compiles/update"] = rollout._cache_size(), update._cache_size()
         record = {f"train/{key}": value for key, value in scalars.items()} | timer.scalars()
+        record["time/reward_hidden"] = hidden
         record["perf/samples_per_second"] = config.data.prompts_per_step * group / record["time/total"]
         writer.scalars(step, record)
         progress.update(step, record)
@@ -171,8 +174,8 @@ def _train(config, mesh, preemption) -> dict:
                                      "optim.learning_rate or set optim.grad_clip, and run again to resume before it")
         if config.log.images_every and step % config.log.images_every == 0:
             shown = slice(0, min(chunk, config.log.prompts_in_grid))
-            grid = image_grid(to_uint8(images[0][shown, :8]), prompts[shown],
-                              combined_score(rewards, {n: (v[shown, :8], ok) for n, (v, ok) in scores.items()}))
+            shown_scores = multihost.fetch({name: (values[shown, :8], ok) for name, (values, ok) in scores.items()})
+            grid = image_grid(to_uint8(images[0][shown, :8]), prompts[shown], combined_score(rewards, shown_scores))
             writer.images(step, "train/samples", grid)
         if config.eval.every and step % config.eval.every == 0 and step < config.steps:
             evaluate_and_show(step)
@@ -183,12 +186,12 @@ def _train(config, mesh, preemption) -> dict:
             progress.note(step, "stop requested: checkpoint written; run the same command to resume")
             break
     else:
-        if start < config.steps or not (run_dir / "after.png").exists():
+        if start < config.steps or not multihost.on_primary(lambda: (run_dir / "after.png").exists()):
             evaluate_and_show(config.steps, "after")
     checkpoints.close()
     writer.close()
-    path = write_report(run_dir)
-    progress.note(config.steps, f"report: {path}")
+    if jax.process_index() == 0:
+        progress.note(config.steps, f"report: {write_report(run_dir)}")
     return writer.last
 
 
@@ -213,14 +216,15 @@ def concatenate(trees, axis: int = 0):
 
 
 def merge_chunks(chunks: list[dict]) -> dict:
-    """Joins the scores of rollout chunks: {name: (values [P, G], ok [P, G])}, on the host."""
-    return {name: tuple(np.concatenate([np.asarray(chunk[name][i]) for chunk in chunks]) for i in (0, 1))
-            for name in chunks[0]}
+    """Joins the scores of rollout chunks: {name: (values [P, G], ok [P, G])}, each where it is, on devices or host."""
+    def join(*parts):
+        return concatenate(parts) if isinstance(parts[0], jax.Array) else np.concatenate(parts)
+    return jax.tree.map(join, *chunks)
 
 
 def combined_score(rewards: RewardSet, scores: dict) -> np.ndarray:
     """The weighted sum of rewards [P, G], for display only."""
-    return sum(rewards.weights.get(name, 1.0) * np.asarray(values) for name, (values, _) in scores.items())
+    return sum(rewards.weights.get(name, 1.0) * values for name, (values, _) in scores.items())
 
 
 def summarize(per_update: list[dict]) -> dict[str, float]:

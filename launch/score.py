@@ -61,9 +61,9 @@ def score(args: argparse.Namespace) -> dict[str, float]:
         with Image.open(file) as image:
             by_size[image.size].append(i)
     mesh = sharding.make_mesh()
-    found = {name: np.full(len(items), np.nan) for name in config}
     with jax.set_mesh(mesh), tqdm(total=len(items), unit="image") as bar:
         rewards = RewardSet(config, place=partial(sharding.place_params, mesh=mesh))
+        found = {name: np.full(len(items), np.nan) for name in rewards.weights}
         for indices in by_size.values():
             for start in range(0, len(indices), args.batch):
                 part = indices[start:start + args.batch]

@@ -2,7 +2,7 @@
 
 A run elsewhere then names `{"hps": {"reward": "remote", "url": "http://host:8900", "scorer": "hps"}}`. The protocol is JSON:
 `POST /v1/score {"reward": name, "items": [{"id", "prompt", "media": [{"b64": image}], "metadata"}]}` answers
-`{"results": [{"id", "score", "ok"}]}`; `GET /healthz` and `GET /v1/info` tell whether and what it serves. It listens on
+`{"results": [{"id", "score", "ok"}]}`, with `"scores": {component: number}` where a reward has several; `GET /healthz` and `GET /v1/info` tell whether and what it serves. It listens on
 the loopback interface unless `--host` says otherwise; `--token=NAME` demands the bearer token in that environment variable.
 """
 
@@ -43,8 +43,10 @@ def make_server(rewards: dict, host: str = "127.0.0.1", port: int = 0, token: st
                 image = Image.open(io.BytesIO(base64.b64decode(item["media"][0]["b64"], validate=True))).convert("RGB")
                 metadata = [item["metadata"]] if "metadata" in item else None
                 pixels = np.asarray(image, np.float32)[None, None] / np.float32(255)
-                values, ok = sets[name](pixels, [item["prompt"]], metadata)[name]
-                results.append({"id": item["id"], "score": float(np.asarray(values)[0, 0]), "ok": bool(np.asarray(ok)[0, 0])})
+                found = {label.removeprefix(f"{name}."): float(np.asarray(values)[0, 0]) if np.asarray(ok)[0, 0] else None
+                         for label, (values, ok) in sets[name](pixels, [item["prompt"]], metadata).items()}
+                scores = {"score": found[name]} if name in found else {"scores": found}
+                results.append({"id": item["id"], "ok": any(value is not None for value in found.values())} | scores)
             except Exception as error:
                 results.append({"id": item.get("id"), "score": None, "ok": False, "detail": f"{type(error).__name__}: {error}"})
         return {"results": results}

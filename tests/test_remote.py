@@ -187,13 +187,17 @@ def test_no_more_requests_at_a_time_than_allowed(serve):
 def test_served_rewards_are_the_rewards(monkeypatch):
     """Our server and our client: the values of the reward itself (PNG is exact for 8-bit pixels); a token is demanded."""
     monkeypatch.setenv("JUDGE_TOKEN", "s3cret")
-    server = make_server({"color": {}, "jpeg": {"quality": 50}}, token="JUDGE_TOKEN")
+    two = {"reward": "tests.test_rewards:two_components", "weight": {"level": 1.0, "count": 1.0}}
+    server = make_server({"color": {}, "jpeg": {"quality": 50}, "two": two}, token="JUDGE_TOKEN")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     images = np.round(IMAGES * 255) / np.float32(255)
     try:
         config = {name: {"reward": "remote", "url": url, "scorer": name, "token": "JUDGE_TOKEN"} for name in ("color", "jpeg")}
-        remote, local = RewardSet(config)(images, PROMPTS), RewardSet({"color": {}, "jpeg": {"quality": 50}})(images, PROMPTS)
+        config["two"] = {"reward": "remote", "url": url, "scorer": "two", "token": "JUDGE_TOKEN", "weight": {"level": 1.0}}
+        remote = RewardSet(config)(images, PROMPTS)
+        local = RewardSet({"color": {}, "jpeg": {"quality": 50}, "two": two})(images, PROMPTS)
+        assert list(remote) == ["color", "jpeg", "two.level"]
         for name, (values, ok) in remote.items():
             assert ok.all()
             np.testing.assert_allclose(values, np.asarray(local[name][0]), atol=1e-6)
@@ -252,6 +256,19 @@ def test_judge_reads_the_last_number(serve):
     values, ok = rewards(LADDER, PROMPTS)["judge"]
     np.testing.assert_array_equal(ok, [[True, False, True, True]] * 2)
     np.testing.assert_allclose(values, [[0.2, 0, 0.4, 0.6]] * 2)
+
+
+def test_judge_with_several_scores(serve):
+    def answer(text, pictures):
+        level = round(brightness(pictures[0]) / 51)
+        return {"message": {"content": f"Alignment: {level}\nbecause ...\nStyle: 5"}}
+
+    options = {"pattern": r"Alignment: (?P<alignment>\d).*Style: (?P<style>\d)", "weight": {"style": 1.0, "alignment": 0.5}}
+    rewards = RewardSet({"judge": {"url": serve(chat(answer)).url + "/v1", "model": "m", **options}})
+    scores = rewards(LADDER, PROMPTS)
+    assert list(scores) == ["judge.style", "judge.alignment"]
+    np.testing.assert_allclose(scores["judge.style"][0], 1)
+    np.testing.assert_allclose(scores["judge.alignment"][0], [[0.2, 0.8, 0.4, 0.6]] * 2)
 
 
 def test_yes_probability_sums_spellings(serve):

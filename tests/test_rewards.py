@@ -15,6 +15,7 @@ from dancegrpo_jax.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPConfig, CLIPMod
 from dancegrpo_jax.models.convert import save_model
 from dancegrpo_jax.models.layers import split
 from dancegrpo_jax.rewards import DeviceReward, HostReward, RewardSet, base, build, register
+from dancegrpo_jax.rewards.base import BusyClock
 from dancegrpo_jax.rewards.clip import preprocess
 from dancegrpo_jax.worlds import shapes
 from dancegrpo_jax.worlds.tokenizer import MAX_LENGTH, write_tokenizer
@@ -50,6 +51,16 @@ def bad_numbers(images, prompts):
 
 def too_few(images, prompts):
     return [1.0]
+
+
+def two_components(images, prompts):
+    count = [float("nan") if len(prompt) == 3 else 2.0 * (len(prompt) - 1) for prompt in prompts]
+    return {"level": images[:, 0, 0, 0], "count": count}
+
+
+class TwoComponents(DeviceReward):
+    def apply(self, params, images, text):
+        return {"half": images.mean((2, 3, 4)) / 2, "unused": images[..., 0, 0, 0]}
 
 
 class Brightness(DeviceReward):
@@ -157,6 +168,8 @@ def test_a_call_that_does_not_return_is_masked():
     release = threading.Event()
 
     class Stuck(HostReward):
+        name = "stuck"
+
         def score(self, images, prompts, metadata):
             if prompts[0] == "ccc":
                 release.wait()
@@ -200,6 +213,8 @@ def test_host_rewards_run_at_the_same_time_and_batches_overlap():
     barrier = threading.Barrier(2 * P)
 
     class Meeting(HostReward):
+        name = "meeting"
+
         def score(self, images, prompts, metadata):
             barrier.wait(timeout=30)
             return images[:, 0, 0, 0]
@@ -209,6 +224,20 @@ def test_host_rewards_run_at_the_same_time_and_batches_overlap():
     first, second = rewards.submit(IMAGES, PROMPTS), rewards.submit(IMAGES[:, ::-1], PROMPTS)
     np.testing.assert_array_equal(second.result()["meeting"][0], LEVELS[:, ::-1])  # in any order
     np.testing.assert_array_equal(first.result()["meeting"][0], LEVELS)
+
+
+def test_busy_seconds_count_parallel_calls_once(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("dancegrpo_jax.rewards.base.time.monotonic", lambda: now[0])
+    clock = BusyClock()
+    with clock:
+        now[0] = 2.0
+        with clock:
+            now[0] = 3.0
+    now[0] = 10.0
+    with clock:
+        now[0] = 11.0
+    assert clock.take() == 4.0 and clock.take() == 0.0
 
 
 def test_submit_does_not_wait_for_host_rewards():
@@ -258,6 +287,24 @@ def test_binary(name):
     assert values.dtype == np.float32 and ok.all()
     order = np.array([[0, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]])
     np.testing.assert_array_equal(values, order)
+
+
+def test_components_become_rewards():
+    rewards = RewardSet({"two": {"reward": path("two_components"), "weight": {"level": 1.0, "count": -0.5}},
+                         "device": {"reward": path("TwoComponents"), "weight": {"half": 2}}})
+    scores = rewards(IMAGES, PROMPTS)
+    assert rewards.weights == {"two.level": 1.0, "two.count": -0.5, "device.half": 2.0}
+    assert list(scores) == ["two.level", "two.count", "device.half"]
+    np.testing.assert_array_equal(scores["two.level"][0], LEVELS)
+    np.testing.assert_array_equal(scores["two.count"][0], np.repeat([[0.0], [2.0], [0.0]], G, axis=1))
+    np.testing.assert_array_equal(scores["two.count"][1], np.repeat([[True], [True], [False]], G, axis=1))
+    np.testing.assert_allclose(scores["device.half"][0], LEVELS / 510, rtol=1e-5)
+
+
+def test_a_component_that_is_missing_masks_and_says_so(caplog):
+    rewards = RewardSet({"two": {"reward": path("two_components"), "weight": {"VQ": 1.0}}})
+    assert not rewards(IMAGES, PROMPTS)["two.VQ"][1].any()
+    assert "no component VQ; there are level, count" in caplog.text
 
 
 def test_binary_does_not_reward_failures():

@@ -22,13 +22,14 @@ import importlib
 import inspect
 import logging
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +56,10 @@ class Reward:
     """What RewardSet needs of a reward: `submit`, which starts the work, and a function that waits for it."""
 
     name = "reward"
+    components: tuple[str, ...] = ()  # of a reward that gives several values a sample: those that are wanted
 
     def submit(self, batch: "Batch", pool: ThreadPoolExecutor) -> Callable:
-        """Starts scoring. Returns `wait(timeout, report) -> (values [P, G], ok [P, G])`.
+        """Starts scoring. Returns `wait(timeout, report) -> (values [C, P, G], ok [C, P, G])`, C components, or 1.
 
         `report(kind, message, count)` is told of samples that could not be scored.
         """
@@ -69,7 +71,26 @@ class Reward:
             log.warning("reward %r could not score %d samples: %s", self.name, count, message)
 
         with ThreadPoolExecutor() as pool:
-            return {self.name: self.submit(Batch(images, prompts, metadata), pool)(None, report)}
+            return self.named(*self.submit(Batch(images, prompts, metadata), pool)(None, report))
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its values: its own, or "name.component" for each component."""
+        return [f"{self.name}.{component}" for component in self.components] or [self.name]
+
+    def named(self, values, ok) -> dict:
+        """{name: (values [P, G], ok [P, G])} of what `wait` returns."""
+        return {name: (values[i], ok[i]) for i, name in enumerate(self.names)}
+
+    def stacked(self, scores) -> list:
+        """The wanted components of {component: value}, in order; without components the value itself, alone."""
+        if not self.components:
+            return [scores]
+        if not isinstance(scores, Mapping):
+            raise TypeError(f"components {', '.join(self.components)} are wanted, but the reward gives a single value")
+        if missing := [name for name in self.components if name not in scores]:
+            raise KeyError(f"no component {', '.join(missing)}; there are {', '.join(scores)}")
+        return [scores[name] for name in self.components]
 
 
 class DeviceReward(Reward):
@@ -86,7 +107,7 @@ class DeviceReward(Reward):
         return ()
 
     def apply(self, params, images, text):
-        """images fp32 [P, G, H, W, 3] in [0, 1], text as prepared -> values [P, G]."""
+        """images fp32 [P, G, H, W, 3] in [0, 1], text as prepared -> values [P, G], or {component: values}."""
         raise NotImplementedError
 
     def signature(self):
@@ -94,7 +115,7 @@ class DeviceReward(Reward):
         return self
 
     def submit(self, batch, pool):
-        signature = self.signature()
+        signature = self.signature(), self.components
         if signature not in _COMPILED:
             _COMPILED[signature] = jax.jit(partial(_score, self))
         scored = _COMPILED[signature](self.params, batch.images, self.prepare(batch.prompts, batch.metadata))
@@ -105,9 +126,9 @@ _COMPILED: dict[Any, Callable] = {}
 
 
 def _score(reward: DeviceReward, params, images, text):
-    values = reward.apply(params, images.astype(jnp.float32), text).astype(jnp.float32)
-    if values.shape != images.shape[:2]:
-        raise ValueError(f"reward {reward.name!r}: values have shape {values.shape}, expected {images.shape[:2]}")
+    values = jnp.stack(reward.stacked(reward.apply(params, images.astype(jnp.float32), text))).astype(jnp.float32)
+    if values.shape[1:] != images.shape[:2]:
+        raise ValueError(f"reward {reward.name!r}: values have shape {values.shape[1:]}, expected {images.shape[:2]}")
     ok = jnp.isfinite(values)
     return jnp.where(ok, values, 0), ok
 
@@ -116,41 +137,46 @@ class HostReward(Reward):
     """A reward computed on the host, one call for the images of one prompt, calls running in several threads."""
 
     def score(self, images: np.ndarray, prompts: list[str], metadata: list | None) -> Sequence[float]:
-        """images uint8 [B, H, W, 3], B prompts and B metadata (or None) -> B floats.
+        """images uint8 [B, H, W, 3], B prompts and B metadata (or None) -> B floats, or {component: B floats}.
 
         Return NaN for an image that cannot be scored; an exception masks all B. Must be thread-safe.
         """
         raise NotImplementedError
 
-    def _score_group(self, group: "HostGroup", batch: "Batch"):
-        images = group.fetch()
+    def _score_group(self, batch: "Batch", row: int):
+        images = batch.pixels()[row]
         b = len(images)
-        metadata = None if batch.metadata is None else [batch.metadata[group.row]] * b
-        values = np.asarray(self.score(images, [batch.prompts[group.row]] * b, metadata), np.float32)
-        if values.shape != (b,):
-            raise ValueError(f"{b} images got scores of shape {values.shape}")
+        metadata = None if batch.metadata is None else [batch.metadata[row]] * b
+        with batch.clock:
+            scores = self.stacked(self.score(images, [batch.prompts[row]] * b, metadata))
+        values = np.asarray(scores, np.float32)
+        if values.shape != (len(self.names), b):
+            raise ValueError(f"{b} images got scores of shape {values.shape[1:]}")
         return values
 
     def submit(self, batch, pool):
-        jobs = [(group, pool.submit(self._score_group, group, batch)) for group in batch.host_groups]
+        batch.copy_to_host()
+        # On a pod each process takes every n-th prompt, with its whole group.
+        rows = range(jax.process_index(), len(batch.prompts), jax.process_count())
+        jobs = [(row, pool.submit(self._score_group, batch, row)) for row in rows]
 
         def wait(timeout, report):
-            values, ok = np.zeros(batch.shape, np.float32), np.zeros(batch.shape, bool)
+            shape = (len(self.names), *batch.shape)
+            values, ok = np.zeros(shape, np.float32), np.zeros(shape, bool)
             finite = batch.finite()
             deadline = None if timeout is None else time.monotonic() + timeout
-            for group, future in jobs:
-                place = (group.row, group.columns)
+            for row, future in jobs:
                 try:
                     scores = future.result(None if deadline is None else max(deadline - time.monotonic(), 0))
                 except Exception as error:  # the one place that swallows: a failed reward must not end the run
                     future.cancel()
-                    report(type(error).__name__, f"{type(error).__name__}: {error}", values[place].size)
+                    report(type(error).__name__, f"{type(error).__name__}: {error}", batch.shape[1])
                     continue
-                good = np.isfinite(scores) & finite[place]
-                values[place], ok[place] = np.where(good, scores, 0), good
+                good = np.isfinite(scores) & finite[row]
+                values[:, row], ok[:, row] = np.where(good, scores, 0), good
                 if not good.all():
-                    report("non-finite", "non-finite score or image", int((~good).sum()))
-            if jax.process_count() > 1:  # every process scored what it holds; the rest of its arrays is 0
+                    report("non-finite", "non-finite score or image", int((~good).any(0).sum()))
+            if jax.process_count() > 1:  # every process scored its own prompts; the rest of its arrays is 0
                 values, ok = multihost_utils.process_allgather((values, ok.astype(np.float32)))
                 values, ok = values.sum(0, dtype=np.float32), ok.sum(0) > 0
             return values, ok
@@ -172,52 +198,66 @@ class FunctionReward(HostReward):
 # ------------------------------------------------------------------------------------------ one batch of images
 
 
-class HostGroup(NamedTuple):
-    """The images of one prompt that this process holds: row `row`, slice `columns` of the [P, G] batch."""
-
-    row: int
-    columns: slice
-    fetch: Callable[[], np.ndarray]  # waits for the device; uint8 [B, H, W, 3]
-
-
 class Batch:
     """Checked inputs, and their uint8 copy for the host, made once and only if there are host rewards."""
 
-    def __init__(self, images, prompts: Sequence[str], metadata: Sequence | None = None):
+    def __init__(self, images, prompts: Sequence[str], metadata: Sequence | None = None, clock: "BusyClock | None" = None):
         if np.ndim(images) != 5 or np.shape(images)[-1] != 3:
             raise ValueError(f"images have shape {np.shape(images)}, expected [P, G, H, W, 3]")
         for what, items in (("prompts", prompts), ("metadata", metadata)):
             if items is not None and len(items) != len(images):
                 raise ValueError(f"images of {len(images)} prompts, but {len(items)} {what}")
-        self.images, self.prompts, self.metadata = jnp.asarray(images), list(prompts), metadata
-        self.shape = tuple(np.shape(images)[:2])
+        self.images, self.prompts, self.metadata = images, list(prompts), metadata
+        self.shape, self.clock = tuple(np.shape(images)[:2]), clock or BusyClock()
 
     @cached_property
     def _quantised(self):
-        return _quantise(self.images)  # dispatched here, awaited by whoever needs the values
+        return _quantise(self.images, getattr(self.images, "sharding", None) if jax.process_count() > 1 else None)
 
-    @cached_property
-    def host_groups(self) -> list[HostGroup]:
-        """One per prompt; on a pod each process gets the images it holds, so a prompt's group may be split."""
-        pixels = self._quantised[0]
-        if pixels.is_fully_addressable:
-            parts = [((slice(None), slice(None)), pixels)]
-        else:  # over all processes, replica 0 of the shards covers every image once
-            parts = [(shard.index, shard.data) for shard in pixels.addressable_shards if shard.replica_id == 0]
-        return [HostGroup(row, columns, lambda data=data, i=i: np.asarray(data)[i])
-                for (rows, columns, *_), data in parts for i, row in enumerate(range(*rows.indices(self.shape[0])))]
+    def copy_to_host(self) -> None:
+        """Starts copying; on a pod every process gets all images."""
+        for array in self._quantised:
+            array.copy_to_host_async()
+
+    def pixels(self) -> np.ndarray:
+        """uint8 [P, G, H, W, 3], once the device has computed them."""
+        return np.asarray(self._quantised[0])
 
     def finite(self) -> np.ndarray:
         """bool [P, G], False for images with NaN or infinity, whose uint8 copy would hide it."""
-        finite = self._quantised[1]
-        if not finite.is_fully_addressable:
-            finite = jax.jit(lambda x: x, out_shardings=NamedSharding(finite.sharding.mesh, PartitionSpec()))(finite)
-        return np.asarray(finite)
+        return np.asarray(self._quantised[1])
 
 
-@jax.jit
-def _quantise(images):
-    return jnp.round(255 * jnp.clip(images, 0, 1)).astype(jnp.uint8), jnp.isfinite(images).all((2, 3, 4))
+@partial(jax.jit, static_argnames=("sharding",))
+def _quantise(images, sharding=None):
+    """(uint8 copy, whether finite); for images with a sharding over several processes both are replicated."""
+    pixels = jnp.round(255 * jnp.clip(images, 0, 1)).astype(jnp.uint8), jnp.isfinite(images).all((2, 3, 4))
+    return jax.lax.with_sharding_constraint(pixels, NamedSharding(sharding.mesh, PartitionSpec())) if sharding else pixels
+
+
+class BusyClock:
+    """Seconds during which at least one of several threads was inside `with clock:`."""
+
+    def __init__(self):
+        self._lock, self._inside, self._since, self._seconds = threading.Lock(), 0, 0.0, 0.0
+
+    def __enter__(self):
+        with self._lock:
+            if self._inside == 0:
+                self._since = time.monotonic()
+            self._inside += 1
+
+    def __exit__(self, *exception):
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._seconds += time.monotonic() - self._since
+
+    def take(self) -> float:
+        """The seconds since the last call."""
+        with self._lock:
+            seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 # ------------------------------------------------------------------------------------------ from a config
@@ -230,7 +270,8 @@ class RewardSet:
       config: `{name: {"weight": 1.0, ...options}}`. `name` is a registered name or an import path "package.module:attr"
         (a plain function or a Reward class); an option `reward` gives it instead, so that `name` can be a label and
         one reward can appear twice. Options common to all:
-        weight: factor of the advantage, any finite number; 0 means logged only, negative means avoided.
+        weight: factor of the advantage, any finite number; 0 means logged only, negative means avoided. Of a reward
+        with several values `{component: factor}`: each becomes a reward "name.component" of its own.
         binary: `{"threshold": tau}` replaces the reward r by 1[r > tau].
       place: puts the parameters of a device reward on the devices, `{name: array} -> {name: array}`, e.g.
         `lambda p: jax.device_put(p, param_shardings(p, mesh))`.
@@ -238,7 +279,8 @@ class RewardSet:
       timeout: seconds that `result` waits for each host reward; what is missing then is masked. None: for ever.
     Raises: ValueError for an unknown name or option, naming the nearest known one, or for a bad value.
 
-    `weights` is {name: float}. `failures` counts masked samples of host rewards on this process, {name: int}.
+    `weights` is {name: float}. `failures` counts masked samples of host rewards on this process, {name: int}. `clock` knows
+    how long host rewards have been computing.
     """
 
     def __init__(self, config: Mapping, *, place: Callable | None = None, threads: int = 8,
@@ -247,6 +289,7 @@ class RewardSet:
         self.weights: dict[str, float] = {}
         self._thresholds: dict[str, float] = {}
         self.failures: Counter[str] = Counter()
+        self.clock = BusyClock()
         self._logged: set[tuple[str, str]] = set()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reward")
         self._timeout = timeout
@@ -254,7 +297,8 @@ class RewardSet:
             if not hasattr(options, "items"):
                 raise ValueError(f"reward {name!r}: expected a dict of options like {{'weight': 1.0}}, got {options!r}")
             options = dict(options.items())
-            self.weights[name] = _number(options.pop("weight", 1.0), f"reward {name!r}: weight")
+            weight = options.pop("weight", 1.0)
+            factors = dict(weight.items()) if hasattr(weight, "items") else {"": weight}
             binary = options.pop("binary", None)
             if binary is not None:
                 if not hasattr(binary, "keys") or set(binary.keys()) != {"threshold"}:
@@ -265,6 +309,9 @@ class RewardSet:
             except ValueError as error:
                 raise type(error)(str(error) if repr(name) in str(error) else f"reward {name!r}: {error}") from error
             self.rewards[name].name = name
+            self.rewards[name].components = tuple(factors) if hasattr(weight, "items") else ()
+            for label, factor in zip(self.rewards[name].names, factors.values()):
+                self.weights[label] = _number(factor, f"reward {label!r}: weight")
             if place is not None and getattr(self.rewards[name], "params", None):
                 self.rewards[name].params = place(self.rewards[name].params)
 
@@ -273,7 +320,7 @@ class RewardSet:
 
         Several batches can be in flight. Raises: ValueError if the numbers do not match.
         """
-        batch = Batch(images, prompts, metadata)
+        batch = Batch(images, prompts, metadata, self.clock)
         # Host rewards first: their copy of the images should not queue behind the device rewards' computation.
         order = sorted(self.rewards, key=lambda name: isinstance(self.rewards[name], DeviceReward))
         waits = {name: self.rewards[name].submit(batch, self._pool) for name in order}
@@ -312,7 +359,7 @@ class Handle:
             values, ok = wait(owner._timeout, partial(owner._report, name))
             if name in owner._thresholds:
                 values = ((values > owner._thresholds[name]) & ok).astype(np.float32)
-            scores[name] = values, ok
+            scores |= owner.rewards[name].named(values, ok)
         return scores
 
 
@@ -328,8 +375,8 @@ def build(name: str, options: Mapping | None = None) -> Reward:
     is_class = isinstance(target, type) and issubclass(target, Reward)
     if not is_class and (isinstance(target, type) or not callable(target)):
         raise ValueError(f"reward {name!r} is {target!r}, neither a function nor a Reward class")
-    parameters = list(inspect.signature(target).parameters.values())
-    parameters = [p for p in parameters[0 if is_class else 2:] if is_class or p.name != "metadata"]
+    parameters = _parameters(target) if is_class else [
+        p for p in list(inspect.signature(target).parameters.values())[2:] if p.name != "metadata"]
     options = dict(options or {})
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for option in options:
@@ -341,6 +388,18 @@ def build(name: str, options: Mapping | None = None) -> Reward:
         if p.name in names and p.default is p.empty and p.name not in options:
             raise ValueError(f"reward {name!r}: option {p.name!r} is missing")
     return target(**options) if is_class else FunctionReward(target, **options)
+
+
+def _parameters(cls: type) -> list[inspect.Parameter]:
+    """The parameters of a class, with those of its parents where it passes **options on."""
+    found = {}
+    for parent in cls.__mro__:
+        if "__init__" in vars(parent):
+            own = list(inspect.signature(parent.__init__).parameters.values())[1:]
+            found = {p.name: p for p in own} | found
+            if not any(p.kind is p.VAR_KEYWORD for p in own):
+                break
+    return list(found.values())
 
 
 def _import(path: str):

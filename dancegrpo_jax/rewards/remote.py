@@ -139,11 +139,12 @@ def png(image: np.ndarray) -> str:
 
 
 class RemoteReward(HostReward):
-    """Common to all: one client, and the parts of a group asked for side by side."""
+    """Common to all: one client (`Client` explains its options), and the parts of a group asked for side by side."""
 
-    def __init__(self, url: str, **client):
-        self.client = Client(url, **client)
-        self._workers = ThreadPoolExecutor(client.get("concurrency", 16), thread_name_prefix="remote")
+    def __init__(self, url: str, token: str = "", timeout: float = 120.0, retries: int = 3, concurrency: int = 16,
+                 patience: int = 5, cooldown: float = 60.0):
+        self.client = Client(url, token, timeout, retries, concurrency, patience, cooldown)
+        self._workers = ThreadPoolExecutor(concurrency, thread_name_prefix="remote")
         self._warned: set[str] = set()
 
     def ask_all(self, ask: Callable, arguments: list[tuple]) -> list:
@@ -167,10 +168,8 @@ class Remote(RemoteReward):
     Args: url; scorer: the name by which the server knows the reward, "" for its only one; the rest as for `Client`.
     """
 
-    def __init__(self, url: str, scorer: str = "", token: str = "", timeout: float = 120.0, retries: int = 3,
-                 concurrency: int = 16, patience: int = 5, cooldown: float = 60.0):
-        super().__init__(url, token=token, timeout=timeout, retries=retries, concurrency=concurrency, patience=patience,
-                         cooldown=cooldown)
+    def __init__(self, url: str, scorer: str = "", **client):
+        super().__init__(url, **client)
         self.scorer = scorer
 
     def score(self, images, prompts, metadata):
@@ -182,11 +181,14 @@ class Remote(RemoteReward):
             raise RemoteError(f"{self.client.url}/v1/score: {len(items)} items got "
                               f"{len(results) if isinstance(results, list) else 'no'} results")
         found = {str(result.get("id")): result for result in results if isinstance(result, dict)}
-        return [_number(found.get(item["id"], {})) for item in items]
+        ordered = [found.get(item["id"], {}) for item in items]
+        if not self.components:
+            return [_number(result, result.get("score")) for result in ordered]
+        return {name: [_number(result, (result.get("scores") or {}).get(name)) for result in ordered]
+                for name in self.components}
 
 
-def _number(result: dict) -> float:
-    value = result.get("score")
+def _number(result: dict, value) -> float:
     good = result.get("ok", True) is True and isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if good else float("nan")
 
@@ -194,10 +196,8 @@ def _number(result: dict) -> float:
 class Chat(RemoteReward):
     """A vision-language model asked by chat completion; `template` is the question, in which {prompt} stands for the prompt."""
 
-    def __init__(self, url: str, model: str, template: str, token: str = "", timeout: float = 120.0, retries: int = 3,
-                 concurrency: int = 16, patience: int = 5, cooldown: float = 60.0, max_tokens: int = 1024):
-        super().__init__(url, token=token, timeout=timeout, retries=retries, concurrency=concurrency, patience=patience,
-                         cooldown=cooldown)
+    def __init__(self, url: str, model: str, template: str, max_tokens: int = 1024, **client):
+        super().__init__(url, **client)
         if "{prompt}" not in template:
             raise ValueError(f"reward {self.name!r}: template must hold {{prompt}}, which is replaced by the image's prompt")
         self.model, self.template, self.max_tokens = model, template, max_tokens
@@ -226,27 +226,32 @@ def _text(choice: dict) -> str:
 class Judge(Chat):
     """A number that the model writes after thinking: the last match of `pattern`'s group, divided by `scale`.
 
+    Several named groups, `Alignment: (?P<alignment>[0-5]).*Style: (?P<style>[0-5])`, give several values, which become
+    rewards by `"weight": {"alignment": 1.0, "style": 0.5}`.
+
     Args: url: up to and with "/v1"; model: as the server names it; the rest as for `Client`.
     """
 
     def __init__(self, url: str, model: str, template: str = (
             "This picture should show: {prompt}\nJudge how well it does so and how well it is made. Think briefly, then end with "
             "a line 'Final Score: x' where x is a number from 1 (bad) to 5 (perfect)."),
-                 pattern: str = r"Final Score:\s*([0-9]+(?:\.[0-9]+)?)", scale: float = 5.0, token: str = "",
-                 timeout: float = 120.0, retries: int = 3, concurrency: int = 16, patience: int = 5, cooldown: float = 60.0,
-                 max_tokens: int = 1024):
-        super().__init__(url, model, template, token, timeout, retries, concurrency, patience, cooldown, max_tokens)
-        if re.compile(pattern).groups != 1:
-            raise ValueError(f"reward {self.name!r}: pattern {pattern!r} must have one group, the number")
-        self.pattern, self.scale = pattern, scale
+                 pattern: str = r"Final Score:\s*([0-9]+(?:\.[0-9]+)?)", scale: float = 5.0, **chat):
+        super().__init__(url, model, template, **chat)
+        self.pattern, self.scale = re.compile(pattern, re.DOTALL), scale
+        if self.pattern.groups not in (1, len(self.pattern.groupindex) or 1):
+            raise ValueError(f"reward {self.name!r}: pattern {pattern!r} must have one group, the number, or only named groups")
 
     def score(self, images, prompts, metadata):
         def ask(image, prompt):
-            numbers = re.findall(self.pattern, _text(self.complete([image], prompt)))
-            if not numbers:
-                raise ValueError(f"an answer of {self.client.url} does not match {self.pattern!r}")
-            return float(numbers[-1]) / self.scale
-        return self.ask_all(ask, list(zip(images, prompts)))
+            matches = list(self.pattern.finditer(_text(self.complete([image], prompt))))
+            if not matches:
+                raise ValueError(f"an answer of {self.client.url} does not match {self.pattern.pattern!r}")
+            return [float(number) / self.scale for number in matches[-1].groups()]
+        failed = [float("nan")] * self.pattern.groups
+        answers = np.array([answer if isinstance(answer, list) else failed
+                            for answer in self.ask_all(ask, list(zip(images, prompts)))])
+        names = self.pattern.groupindex
+        return {name: answers[:, index - 1] for name, index in names.items()} if names else answers[:, 0]
 
 
 @register("judge_yes")
@@ -254,9 +259,8 @@ class JudgeYes(Chat):
     """P(yes) / (P(yes) + P(no)) of the first token of the answer, over all spellings among the 20 likeliest tokens."""
 
     def __init__(self, url: str, model: str, template: str = (
-            "Does this picture show exactly: {prompt}? Answer yes or no."), token: str = "", timeout: float = 120.0,
-                 retries: int = 3, concurrency: int = 16, patience: int = 5, cooldown: float = 60.0):
-        super().__init__(url, model, template, token, timeout, retries, concurrency, patience, cooldown, max_tokens=1)
+            "Does this picture show exactly: {prompt}? Answer yes or no."), **chat):
+        super().__init__(url, model, template, **{"max_tokens": 1} | chat)
 
     def score(self, images, prompts, metadata):
         def ask(image, prompt):
@@ -287,9 +291,8 @@ class JudgePairs(Chat):
     def __init__(self, url: str, model: str, template: str = (
             "Two pictures were made for: {prompt}\nCompare how well they match it and how well they are made. Think briefly, then "
             "end with <answer>Image 1 is better</answer> or <answer>Image 2 is better</answer>."),
-                 both_orders: bool = False, token: str = "", timeout: float = 120.0, retries: int = 3, concurrency: int = 16,
-                 patience: int = 5, cooldown: float = 60.0, max_tokens: int = 2048):
-        super().__init__(url, model, template, token, timeout, retries, concurrency, patience, cooldown, max_tokens)
+                 both_orders: bool = False, **chat):
+        super().__init__(url, model, template, **{"max_tokens": 2048} | chat)
         self.both_orders = both_orders
 
     def score(self, images, prompts, metadata):

@@ -1,0 +1,62 @@
+"""Several processes, one program: joining them, and what a host needs of arrays that are spread over all.
+
+Every process runs the same code on the same prompts and holds the parts of the global arrays that live on its devices.
+"""
+
+import json
+import os
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dancegrpo_jax.config import ConfigError
+
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+HEARTBEAT = 60  # seconds after which a silent process counts as dead, and the others exit
+
+
+def initialize() -> None:
+    """Joins the processes of a pod; to be called before anything else of jax. Alone, it does nothing.
+
+    TPU pods, GKE and SLURM are recognised by jax. Elsewhere each process gets VARIABLES: the address host:port of
+    process 0, their number, and its own number.
+
+    Raises: ConfigError for variables that are incomplete or no numbers; RuntimeError if the others cannot be reached.
+    """
+    if jax.distributed.is_initialized():
+        return
+    settings = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    options = {"heartbeat_timeout_seconds": HEARTBEAT}
+    if settings:
+        if missing := [name for name in VARIABLES if name not in settings]:
+            raise ConfigError(f"{', '.join(settings)} set, but not {', '.join(missing)}; several processes need all three")
+        address, *numbers = (settings[name] for name in VARIABLES)
+        if not all(number.isdigit() for number in numbers) or ":" not in address:
+            raise ConfigError(f"{', '.join(f'{name}={value}' for name, value in settings.items())}: expected host:port "
+                              "and two numbers")
+        jax.distributed.initialize(address, *map(int, numbers), **options)
+        return
+    try:
+        jax.distributed.initialize(**options)
+    except ValueError as error:
+        if "coordinator_address should be defined" not in str(error):  # what jax says when it recognises nothing
+            raise
+
+
+def fetch(tree):
+    """numpy copies of arrays, wherever their parts are. All processes must call it alike, and all get the values."""
+    return jax.tree.map(np.asarray, tree) if jax.process_count() == 1 else jax.tree.map(
+        lambda leaf: np.asarray(multihost_utils.process_allgather(leaf, tiled=True)) if isinstance(leaf, jax.Array)
+        and not leaf.is_fully_addressable else np.asarray(leaf), tree)
+
+
+def on_primary(work: Callable):
+    """Runs `work()` on process 0 and gives its JSON-like result to all, so that every process decides alike."""
+    if jax.process_count() == 1:
+        return work()
+    text = json.dumps(work() if jax.process_index() == 0 else None).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    data = np.frombuffer(text[:size].ljust(size), dtype=np.uint8)
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(data)).decode())
