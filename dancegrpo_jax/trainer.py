@@ -27,7 +27,9 @@ log = logging.getLogger(__name__)
 
 
 def train(config) -> dict:
-    """Runs, or resumes, the training run in `config.run_dir`; returns its last metrics.
+    """Runs, or resumes, the training run in `config.run_dir`.
+
+    Returns: its last metrics, and `stopped`: whether a signal ended it before its last evaluation.
 
     Raises: ConfigError, CheckpointError or ValueError for bad input, before any compute is spent.
     """
@@ -112,7 +114,7 @@ def _train(config, mesh, preemption) -> dict:
         evaluate_and_show(0, "before")
 
     # ---------------------------------------------------------------- the loop
-    warned = False
+    warned = stop = False
     for iteration in range(start, config.steps):
         timer, _ = StepTimer(), rewards.clock.take()
         key_step = jax.random.fold_in(key, iteration)
@@ -192,7 +194,7 @@ def _train(config, mesh, preemption) -> dict:
     writer.close()
     if jax.process_index() == 0:
         progress.note(config.steps, f"report: {write_report(run_dir)}")
-    return writer.last
+    return writer.last | {"stopped": stop}
 
 
 @partial(jax.jit, static_argnames=("weights", "combine", "clip", "k", "steps"))

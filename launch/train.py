@@ -1,9 +1,13 @@
 """Trains a policy by GRPO: `python launch/train.py --config=configs/shapes_flow.py [--config.a.b=value ...]`.
 
 Running the same command again resumes from the newest checkpoint. Ctrl-C or SIGTERM saves and exits.
+
+Exit status: 0 finished, 143 (128 + SIGTERM) stopped by a signal after saving, so that pod launchers and schedulers know
+what to start again; 2 bad input.
 """
 
 import logging
+import signal
 import sys
 from pathlib import Path
 
@@ -16,7 +20,8 @@ def run(argv: list[str]) -> None:
     config = load(argv)
     from dancegrpo_jax.trainer import train  # after the config: errors and --help come without importing jax
 
-    train(config)
+    if train(config)["stopped"]:
+        sys.exit(128 + signal.SIGTERM)
 
 
 def main(argv: list[str]) -> int:
