@@ -53,8 +53,9 @@ def run(step: Step, quiet: bool = False) -> str:
     done = subprocess.run(step.argv, capture_output=quiet, text=True)
     if done.returncode:
         said = (done.stderr or "").strip().splitlines()
-        raise CommandFailed(f"{step.note}: {' '.join(step.argv[:5])} ... ended with status {done.returncode}"
-                            + (f": {said[-1]}" if said else ""))
+        said = [line for line in said if line.startswith("ERROR")] or said[-1:]  # gcloud adds details to the error
+        raise CommandFailed(": ".join([f"{step.note}: {' '.join(step.argv[:5])} ... ended with status {done.returncode}",
+                                       *said[:1]]))
     return done.stdout or ""
 
 

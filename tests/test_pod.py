@@ -29,7 +29,7 @@ case "$3 $4" in
   "queued-resources describe")
     state=$(pop states)
     case $state in
-      absent) echo "ERROR: (gcloud.compute) NOT_FOUND: Resource was not found" >&2; exit 1;;
+      absent) echo "ERROR: (gcloud.compute) NOT_FOUND: Resource was not found" >&2; echo "- '@type': details" >&2; exit 1;;
       broken) echo "ERROR: (gcloud.compute) UNAVAILABLE: try later" >&2; exit 1;;
       *) echo "{\"state\": {\"state\": \"$state\", \"failedData\": {\"error\": {\"message\": \"no quota\"}}}}";;
     esac;;
