@@ -5,6 +5,7 @@ Every process runs the same code on the same prompts and holds the parts of the 
 
 import json
 import os
+import sys
 from collections.abc import Callable
 
 import jax
@@ -43,6 +44,22 @@ def initialize() -> None:
     except ValueError as error:
         if "coordinator_address should be defined" not in str(error):  # what jax says when it recognises nothing
             raise
+
+
+def leave(error: BaseException) -> None:
+    """Ends this process at once, with status 1, if it is one of several; alone, it does nothing.
+
+    The others cannot go on without it and exit within HEARTBEAT seconds. jax's own way out would wait for them.
+    """
+    if jax.process_count() == 1:
+        return
+    cause = error
+    while cause is not None and not isinstance(cause, jax.errors.JaxRuntimeError):
+        cause = cause.__cause__
+    what = "another process was lost, or a device failed" if cause else type(error).__name__
+    print(f"error: process {jax.process_index()} of {jax.process_count()}: {what}: {' '.join(str(error).split())[:400]}; the "
+          "same command resumes from the last checkpoint", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def fetch(tree):

@@ -37,7 +37,11 @@ def train(config) -> dict:
     validate(config, jax.device_count())
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), PreemptionGuard() as preemption:
-        return _train(config, mesh, preemption)
+        try:
+            return _train(config, mesh, preemption)
+        except BaseException as error:
+            multihost.leave(error)
+            raise
 
 
 def _train(config, mesh, preemption) -> dict:

@@ -140,7 +140,7 @@ def start(vm: TpuVm, folder: Path, training: Sequence[str], ref: str = "", secre
     install = f"""\
 set -e
 mkdir -p ~/{SOURCE} && tar -xzf ~/{SOURCE}.tar.gz -C ~/{SOURCE} && cd ~/{SOURCE}
-[ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
+[ -x ~/.local/bin/uv ] || python3 -m pip install --quiet --user uv
 [ -d .venv ] || ~/.local/bin/uv venv --quiet --python 3.12 .venv
 ~/.local/bin/uv pip install --quiet --python .venv/bin/python {shlex.join(requirements())}
 """

@@ -7,6 +7,7 @@ from dancegrpo_jax.rewards import geneval
 from dancegrpo_jax.rewards.base import RewardSet, build
 from dancegrpo_jax.rewards.geneval import Demand, Detection, benchmark, judge, parse_prompt, relations
 from dancegrpo_jax.rewards.ocr import edit_distance, quoted, similarity
+from launch import score
 
 
 @pytest.mark.parametrize(("prompt", "task", "demands"), [
@@ -136,8 +137,8 @@ def test_similarity_and_quotes():
             quoted(prompt)
 
 
-def test_ocr_reads_rendered_text():
-    """The real engine on a picture of words: right text 1, other text less, no text 0, no quotes masked."""
+def test_ocr_reads_rendered_text(tmp_path):
+    """The real engine on a picture of words: right text 1, other text less, no text 0, no quotes masked; and the command."""
     pytest.importorskip("rapidocr")
     from PIL import Image, ImageDraw, ImageFont
 
@@ -150,3 +151,11 @@ def test_ocr_reads_rendered_text():
     values, ok = RewardSet({"ocr": {}})(np.stack([images, images]), ['a sign that says "Hello 42"', "a sign"])["ocr"]
     assert ok[0].all() and not ok[1].any()
     assert values[0, 0] == 1 and 0.7 < values[0, 1] < 1 and values[0, 2] == 0
+
+    for i, image in enumerate(images):
+        Image.fromarray(np.uint8(255 * image)).save(tmp_path / f"{i}.png")
+    argv = ["score.py", f"--index={tmp_path}", '--prompt=a sign that says "Hello 42"', '--rewards={"ocr": {}}',
+            f"--out={tmp_path / 'out.csv'}"]
+    assert score.main(argv) == 0
+    scored = [float(line.rpartition(",")[2]) for line in (tmp_path / "out.csv").read_text().splitlines()[1:]]
+    np.testing.assert_allclose(scored, values[0], atol=1e-6)
