@@ -154,6 +154,8 @@ KEYS: dict[str, Key] = {
     "log.tensorboard": Key(True, _ANY, "write TensorBoard events into run_dir"),
     "log.wandb": Key("", _ANY, "project name at Weights & Biases; empty = off"),
     "log.images_every": Key(10, _at_least(0), "iterations between grids of training samples; 0 = never"),
+    "log.profile": Key(0, _at_least(0), "iteration to trace into run_dir/profile, for xprof; 0 = none. The first compiles: take a "
+                       "later one"),
     "log.prompts_in_grid": Key(8, _at_least(1), "rows of an image grid"),
 }
 FREE_FORM = tuple(name for name, key in KEYS.items() if isinstance(key.default, dict))

@@ -120,6 +120,9 @@ def _train(config, mesh, preemption) -> dict:
     # ---------------------------------------------------------------- the loop
     warned = stop = False
     for iteration in range(start, config.steps):
+        profiled = iteration + 1 == config.log.profile
+        if profiled:
+            jax.profiler.start_trace(run_dir / "profile")
         timer, _ = StepTimer(), rewards.clock.take()
         key_step = jax.random.fold_in(key, iteration)
         prompts = prompt_batches[iteration]
@@ -127,6 +130,7 @@ def _train(config, mesh, preemption) -> dict:
         if config.sampler.window:
             moves = iteration // config.sampler.window_interval * config.sampler.window_stride
             plan = window(schedule, moves % (config.sampler.steps - config.sampler.window), config.sampler.window)
+        plan = sharding.replicate(plan, mesh)
 
         # Chunks are dispatched without waiting: host rewards of one are computed while the device samples the next.
         conds, trajectories, images, pending = [], [], [], []
@@ -159,6 +163,8 @@ def _train(config, mesh, preemption) -> dict:
             state, diagnostics = update(policy, tx, objective, state, frozen, reference, examples, i)
             per_update.append(diagnostics)
         timer.wait("update", state.trainable)
+        if profiled:
+            jax.profiler.stop_trace()
 
         # ------------------------------------------------------------ log, evaluate, checkpoint
         step = iteration + 1

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("diffusers")
 
+from dancegrpo_jax import trainer  # noqa: E402
 from dancegrpo_jax.evaluate import load_run  # noqa: E402
 from dancegrpo_jax.metrics import read_metrics  # noqa: E402
 from dancegrpo_jax.models.base import make_policy  # noqa: E402
@@ -36,6 +37,22 @@ def compilation_cache(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     yield
     jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_implicit_transfers():
+    """The trainer gives rollout, decoding and the making of examples device arrays only."""
+    def guarded(function):
+        def call(*args, **kwargs):
+            with jax.transfer_guard("disallow"):
+                return function(*args, **kwargs)
+        call._cache_size = function._cache_size
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rollout", "decode", "make_examples"):
+            patch.setattr(trainer, name, guarded(getattr(trainer, name)))
+        yield
 
 
 @pytest.fixture(scope="module", params=["sd_hps", "flux_hps_lora"])

@@ -69,7 +69,7 @@ def final_arrays(run: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def uninterrupted(workspace):
-    result = launch(workspace, "whole")
+    result = launch(workspace, "whole", "--config.log.profile=2")
     assert result.returncode == 0, result.stderr
     return workspace / "whole"
 
@@ -77,6 +77,7 @@ def uninterrupted(workspace):
 def test_run_directory_is_complete(uninterrupted):
     for name in ("config.json", "versions.json", "metrics.jsonl", "before.png", "after.png", "report.html", "tensorboard"):
         assert (uninterrupted / name).exists(), name
+    assert len(list(uninterrupted.glob("profile/**/*.xplane.pb"))) == 1
     records = [record for record in training_metrics(uninterrupted) if "train/loss" in record]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     for record in records:
