@@ -1,0 +1,30 @@
+"""A whole iteration against the PyTorch loop of benchmarks/: trajectory, log-probabilities, images, advantages, gradients."""
+
+import jax
+import pytest
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from benchmarks.against_torch import Ours, Theirs, prove_equal  # noqa: E402
+from dancegrpo_jax.config import load_file, override  # noqa: E402
+from tests.pipelines import write_pipeline  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def fast_compile():
+    """Tiny arrays: compiling is all the cost."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("paradigm,rank,batch", [("flow", 4, 5), ("diffusion", 0, 1)])
+def test_one_iteration(tmp_path, paradigm, rank, batch):
+    config = load_file(f"configs/shapes_{paradigm}.py")
+    settings = {"model.folder": write_pipeline(tmp_path, paradigm), "model.lora.rank": rank, "sampler.steps": 4,
+                "sampler.window": 2, "data.prompts_per_step": 2, "data.group_size": 3, "grpo.microbatch": 12}
+    for name, value in settings.items():
+        override(config, name, str(value))
+    ours = Ours(config)
+    prove_equal(ours, Theirs(ours), batch)
