@@ -19,12 +19,12 @@ def fast_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.mark.parametrize("paradigm,rank,batch", [("flow", 4, 5), ("diffusion", 0, 1)])
-def test_one_iteration(tmp_path, paradigm, rank, batch):
-    config = load_file(f"configs/shapes_{paradigm}.py")
-    settings = {"model.folder": write_pipeline(tmp_path, paradigm), "model.lora.rank": rank, "sampler.steps": 4,
+def test_one_iteration(tmp_path):
+    """FLUX with adapters; the benchmark asserts the same for Stable Diffusion, which takes longer to compile."""
+    config = load_file("configs/shapes_flow.py")
+    settings = {"model.folder": write_pipeline(tmp_path, "flow"), "model.lora.rank": 4, "sampler.steps": 4,
                 "sampler.window": 2, "data.prompts_per_step": 2, "data.group_size": 3, "grpo.microbatch": 12}
     for name, value in settings.items():
         override(config, name, str(value))
     ours = Ours(config)
-    prove_equal(ours, Theirs(ours), batch)
+    prove_equal(ours, Theirs(ours), batch=5)
