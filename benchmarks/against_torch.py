@@ -25,6 +25,7 @@ class Ours:
 
     def __init__(self, config):
         import jax
+        import numpy as np
 
         from dancegrpo_jax import data
         from dancegrpo_jax.models.base import configured_policy, lora_settings
@@ -41,9 +42,9 @@ class Ours:
         self.prompts = (prompts * config.data.prompts_per_step)[:config.data.prompts_per_step]
         self.objective = Objective(config.grpo.clip_range, 0.0, config.optim.ema_decay, on_policy=True)
         if lora_settings(config):  # fresh adapters are zero: move them, so that the comparison sees both matrices
-            keys = jax.random.split(jax.random.key(5), len(trainable))
-            trainable = {name: leaf + 0.02 * jax.random.normal(key, leaf.shape)
-                         for key, (name, leaf) in zip(keys, trainable.items())}
+            rng = np.random.default_rng(5)
+            trainable = {name: leaf + 0.02 * rng.standard_normal(leaf.shape, np.float32)
+                         for name, leaf in jax.device_get(trainable).items()}
         self.start(make_optimizer(config.optim, config.steps), trainable)
 
     def start(self, tx, trainable):
@@ -164,8 +165,8 @@ def prove_equal(ours: Ours, theirs: Theirs, batch: int, tolerance: float = 5e-5)
     config, size = ours.config, ours.policy.latent_shape
     prompts, group = len(ours.prompts), config.data.group_size
     key_init, key_noise = jax.random.split(key)  # as the rollout draws
-    start = np.repeat(jax.random.normal(key_init, (prompts, *size)), group, axis=0)
-    noise = np.stack([jax.random.normal(jax.random.fold_in(key_noise, i), (prompts * group, *size))
+    start = np.repeat(np.asarray(jax.random.normal(key_init, (prompts, *size))), group, axis=0)
+    noise = np.stack([np.asarray(jax.random.normal(jax.random.fold_in(key_noise, i), (prompts * group, *size)))
                       for i in range(config.sampler.steps)])
     rng = np.random.default_rng(3)
     scores = {name: (rng.standard_normal((prompts, group), dtype=np.float32), np.ones((prompts, group), bool))

@@ -15,6 +15,7 @@ def get_config():
     config.steps = 40
     config.model.policy = "stable_diffusion"
     config.model.folder = "dancegrpo_jax/worlds/weights/diffusion"
+    config.model.remat = "none"  # "dots" would compute convolutions twice
     config.model.lora.targets = (r".*attn2\.to_[qkv]",)  # where the caption enters
     config.sampler.kernel, config.sampler.eta = "ddim", 1.0
     config.sampler.steps, config.sampler.eval_steps = 10, 10
