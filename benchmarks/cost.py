@@ -7,7 +7,7 @@ without the first two iterations, which compile.
                                       takes pictures of any resolution
     --cores=0,1                       which to use
     --iterations=5                    that count
-    --steps=4,8,16  --resolution=16,32,64  --group=6,12,24
+    --steps=5,8,16  --resolution=16,32,64  --group=6,12,24
 """
 
 import csv
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 PHASES = ("rollout", "decode", "reward", "update", "total")
 VARIED = {"steps": ("sampler.steps",), "resolution": ("model.height", "model.width"), "group": ("data.group_size",)}
 DEFAULTS = {"--config": "configs/shapes_flow.py", "--out": "", "--cores": "0,1", "--iterations": "5",
-            "--steps": "4,8,16", "--resolution": "16,32,64", "--group": "6,12,24"}
+            "--steps": "5,8,16", "--resolution": "16,32,64", "--group": "6,12,24"}
 
 
 def measure(argv: list[str], iterations: int) -> dict[str, float]:
