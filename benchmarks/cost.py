@@ -12,6 +12,7 @@ without the first two iterations, which compile.
 
 import csv
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,29 +25,31 @@ DEFAULTS = {"--config": "configs/shapes_flow.py", "--out": "", "--cores": "0,1",
 
 
 def measure(argv: list[str], iterations: int) -> dict[str, float]:
-    """Seconds per phase and samples per second of a short run of the config that `argv` describes."""
+    """Seconds per phase and samples per second of a short run, in a process of its own, of the config that `argv` describes."""
     import numpy as np
 
-    from dancegrpo_jax.config import load
+    from dancegrpo_jax.config import ConfigError, load
     from dancegrpo_jax.metrics import read_metrics
-    from dancegrpo_jax.trainer import train
 
+    config = load(argv)
+    samples = config.data.prompts_per_step * config.data.group_size
     with tempfile.TemporaryDirectory() as folder:
-        config = load(argv)
-        config.run_dir, config.steps = folder, iterations + 2
-        config.eval.every, config.checkpoint.every, config.log.images_every = 0, config.steps, 0
-        config.eval.num_prompts = config.eval.batch = config.log.prompts_in_grid = 1
-        config.grpo.microbatch = min(config.grpo.microbatch, config.data.prompts_per_step * config.data.group_size)
-        train(config)
+        settings = {"run_dir": folder, "steps": iterations + 2, "eval.every": 0, "eval.num_prompts": 1, "eval.batch": 1,
+                    "checkpoint.every": iterations + 2, "log.images_every": 0, "log.prompts_in_grid": 1,
+                    "grpo.microbatch": min(config.grpo.microbatch, samples)}
+        flags = [f"--config.{key}={value}" for key, value in settings.items()]
+        run = subprocess.run([sys.executable, "launch/train.py", *argv[1:], *flags], capture_output=True, text=True,
+                             cwd=Path(__file__).resolve().parents[1])
+        if run.returncode:
+            raise ConfigError((run.stderr.splitlines() or ["launch/train.py failed"])[-1].removeprefix("error: "))
         records = [record for record in read_metrics(Path(folder) / "metrics.jsonl") if "time/total" in record][2:]
     result = {phase: float(np.median([record[f"time/{phase}"] for record in records])) for phase in PHASES}
-    samples = config.data.prompts_per_step * config.data.group_size
     return {"samples": samples} | result | {"samples/s": samples / result["total"]}
 
 
 def table(argv: list[str], own: dict[str, str]) -> None:
     """Prints one row per setting, and writes them to --out as CSV."""
-    os.sched_setaffinity(0, [int(core) for core in own["--cores"].split(",")])  # before jax counts its threads
+    os.sched_setaffinity(0, [int(core) for core in own["--cores"].split(",")])  # the runs inherit it
     rows = []
     for varied, keys in VARIED.items():
         for value in own[f"--{varied}"].split(","):
