@@ -27,13 +27,12 @@ log = logging.getLogger(__name__)
 
 
 def train(config) -> dict:
-    """Runs, or resumes, the training run in `config.run_dir`.
+    """Runs, or resumes, the training run in `config.run_dir`. Of several processes each calls `multihost.initialize` first.
 
     Returns: its last metrics, and `stopped`: whether a signal ended it before its last evaluation.
 
     Raises: ConfigError, CheckpointError or ValueError for bad input, before any compute is spent.
     """
-    multihost.initialize()
     validate(config, jax.device_count())
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), PreemptionGuard() as preemption:

@@ -18,8 +18,10 @@ def run(argv: list[str]) -> None:
     from dancegrpo_jax.config import load
 
     config = load(argv)
-    from dancegrpo_jax.trainer import train  # after the config: errors and --help come without importing jax
+    from dancegrpo_jax import multihost  # after the config: errors and --help come without importing jax
+    from dancegrpo_jax.trainer import train
 
+    multihost.initialize()
     if train(config)["stopped"]:
         sys.exit(128 + signal.SIGTERM)
 
