@@ -9,6 +9,7 @@ its own `denoise` and `schedule`, and a line in `_REGISTRY`.
 import difflib
 import importlib
 import os
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -53,7 +54,7 @@ class Policy:
     def __init__(self, folder, *, kernel: str, eta: float, height: int, width: int, dtype=jnp.float32,
                  remat: str = "full", guidance_scale: float = 1.0, embedded_guidance: float = 3.5, text_length: int = 0,
                  time_rounding: str = "exact", decode_batch: int = 0, decode_tile: int = 0):
-        """Reads configs and tokenizers, no weights. The settings are those of `config.model` and `config.sampler`.
+        """Reads configs, no weights. The settings are those of `config.model` and `config.sampler`.
 
         Raises: CheckpointError if `folder` (or hub id) is no pipeline of this kind; ValueError for a wrong setting.
         """
@@ -73,9 +74,8 @@ class Policy:
         self.denoiser = abstract_model(self.denoiser_class, self.part(self.denoiser_folder))
         self.vae = abstract_model(AutoencoderKL, self.part("vae"))
         self.texts = {name: abstract_model(model, self.part(name)) for name, _, model, _ in self.text_encoders()}
-        self.tokenizers = {name: tokenizer.from_pretrained(self.part(folder), local_files_only=True)
-                           for name, folder, _, tokenizer in self.text_encoders()}
-        self.lengths = {name: tokenizer.model_max_length for name, tokenizer in self.tokenizers.items()}
+        self.lengths = {name: read_json(self.part(folder) / "tokenizer_config.json")["model_max_length"]
+                        for name, folder, *_ in self.text_encoders()}
         if text_length:
             self.lengths[list(self.lengths)[-1]] = text_length
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -92,6 +92,33 @@ class Policy:
         """(folder, folder of its tokenizer, model class, tokenizer class) of every text encoder, the longest last."""
         return (("text_encoder", "tokenizer", CLIPTextModel, CLIPTokenizer),)
 
+    @cached_property
+    def tokenizers(self) -> dict:
+        """{text encoder: its tokenizer}, read when the first prompt comes."""
+        return {name: tokenizer.from_pretrained(self.part(folder), local_files_only=True)
+                for name, folder, _, tokenizer in self.text_encoders()}
+
+    def abstract(self, lora: dict | None = None, mesh=None, *, text: bool = True) -> tuple[dict, dict]:
+        """`(trainable, frozen)` as `load` makes them, of `jax.ShapeDtypeStruct`s, without reading weights."""
+        if lora:
+            add_lora(self.denoiser, lora["rank"], lora["alpha"], lora["targets"])
+            self.lora_scale = lora["alpha"] / lora["rank"]
+            self.graph, params, rest = split(self.denoiser, LoRAParam, ...)
+            frozen = {"denoiser": stored_in(self.dtype, rest, mesh)}
+        else:
+            self.graph, params = split(self.denoiser)
+            frozen = {"denoiser": {}}
+        self.vae_graph, vae = split(self.vae)
+        frozen["vae"] = stored_in(self.dtype, vae, mesh)
+        frozen |= self.abstract_text(mesh) if text else {}
+        return stored_in(jnp.float32, params, mesh), frozen | {"negative": {}}
+
+    def abstract_text(self, mesh=None) -> dict:
+        """`load_text`'s result, of `jax.ShapeDtypeStruct`s."""
+        texts = {name: split(model) for name, model in self.texts.items()}
+        self.text_graphs = {name: graph for name, (graph, _) in texts.items()}
+        return {name: stored_in(self.dtype, params, mesh) for name, (_, params) in texts.items()}
+
     def load(self, lora: dict | None = None, seed: int = 0, mesh=None, *, text: bool = True) -> tuple[dict, dict]:
         """Streams the pipeline's weights to the devices: `(trainable, frozen)`.
 
@@ -106,31 +133,24 @@ class Policy:
         Raises: CheckpointError naming file and key.
         """
         folder = self.part(self.denoiser_folder)
+        trainable, frozen = self.abstract(lora, mesh, text=False)
         if lora:
-            add_lora(self.denoiser, lora["rank"], lora["alpha"], lora["targets"])
-            self.lora_scale = lora["alpha"] / lora["rank"]
-            self.graph, adapters, rest = split(self.denoiser, LoRAParam, ...)
-            trainable = init_adapters(adapters, nnx.Rngs(seed))
+            trainable = init_adapters(trainable, nnx.Rngs(seed))
             if mesh:
                 trainable = place_params(trainable, mesh)
-            frozen = {"denoiser": load_params(self.denoiser_class, folder, stored_in(self.dtype, rest, mesh))}
+            frozen["denoiser"] = load_params(self.denoiser_class, folder, frozen["denoiser"])
         else:
-            self.graph, params = split(self.denoiser)
-            trainable = load_params(self.denoiser_class, folder, stored_in(jnp.float32, params, mesh))
-            frozen = {"denoiser": {}}
-        self.vae_graph, params = split(self.vae)
-        frozen["vae"] = load_params(AutoencoderKL, self.part("vae"), stored_in(self.dtype, params, mesh))
+            trainable = load_params(self.denoiser_class, folder, trainable)
+        frozen["vae"] = load_params(AutoencoderKL, self.part("vae"), frozen["vae"])
         frozen |= self.load_text(mesh) if text else {}
         frozen["negative"] = self.encode(frozen, self.tokenize([""])) if text and self.guidance_scale != 1 else {}
         return trainable, frozen
 
     def load_text(self, mesh=None) -> dict:
         """The part of `frozen` that `encode` needs: {folder: parameters} of the text encoders."""
-        frozen, self.text_graphs = {}, {}
-        for name, _, model_class, _ in self.text_encoders():
-            self.text_graphs[name], params = split(self.texts[name])
-            frozen[name] = load_params(model_class, self.part(name), stored_in(self.dtype, params, mesh))
-        return frozen
+        abstract = self.abstract_text(mesh)
+        return {name: load_params(model_class, self.part(name), abstract[name])
+                for name, _, model_class, _ in self.text_encoders()}
 
     def tokenize(self, prompts: list[str]) -> dict[str, np.ndarray]:
         """int32 token ids {text encoder: [P, L]}, padded to the encoder's length, longer prompts cut."""

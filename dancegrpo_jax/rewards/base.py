@@ -114,11 +114,15 @@ class DeviceReward(Reward):
         """What `apply` depends on besides its arguments: rewards of equal signature share one compiled function."""
         return self
 
-    def submit(self, batch, pool):
+    def scorer(self) -> Callable:
+        """The jitted function (params, images, text) -> (values [P, G], ok [P, G])."""
         signature = self.signature(), self.components
         if signature not in _COMPILED:
             _COMPILED[signature] = jax.jit(partial(_score, self))
-        scored = _COMPILED[signature](self.params, batch.images, self.prepare(batch.prompts, batch.metadata))
+        return _COMPILED[signature]
+
+    def submit(self, batch, pool):
+        scored = self.scorer()(self.params, batch.images, self.prepare(batch.prompts, batch.metadata))
         return lambda timeout, report: scored  # a jax.Array already is a promise
 
 

@@ -72,7 +72,7 @@ def clean_text(prompt: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()).strip().lower()
 
 
-def load_clip(path: Path, architecture: str | None, dtype):
+def load_clip(path: Path, architecture: str | None):
     """(abstract CLIPModel, its tensors under transformers' keys) of a folder or of a checkpoint file.
 
     Raises: CheckpointError naming the file, and the architectures to choose from if a file needs one.
@@ -117,13 +117,20 @@ class ClipScore(DeviceReward):
             if value not in known:
                 raise ValueError(f"reward {self.name!r}: {option} is {value!r}, expected one of {', '.join(map(repr, known))}")
         self.dtype, self.resize, self.antialias, self.clean = jnp.dtype(dtype), resize, antialias, clean
+        self.load(model, tokenizer, architecture)
+
+    def load(self, model, tokenizer, architecture):
+        """Sets what the files hold: `config`, `graphdef`, `params`, `tokenizer`."""
         path = find(model)
-        abstract, tensors = load_clip(path, architecture, dtype)
+        abstract, tensors = load_clip(path, architecture)
+        self.params = from_torch(tensors, self.layout(abstract), source=path, ignore=CLIPModel.IGNORED_KEYS)
+        self.tokenizer = self.load_tokenizer(path, tokenizer)
+
+    def layout(self, abstract: CLIPModel) -> dict:
+        """Takes over an abstract model: its parameters as they are stored here, without shardings."""
         self.config = abstract.config
         self.graphdef, leaves = split(abstract)
-        layout = stored_in(self.dtype, leaves, within=("text_model.", "vision_model."))  # projections stay fp32
-        self.params = from_torch(tensors, layout, source=path, ignore=CLIPModel.IGNORED_KEYS)
-        self.tokenizer = self.load_tokenizer(path, tokenizer)
+        return stored_in(self.dtype, leaves, within=("text_model.", "vision_model."))  # projections stay fp32
 
     def load_tokenizer(self, path: Path, tokenizer):
         from transformers import CLIPTokenizer  # slow to import, and only needed here
