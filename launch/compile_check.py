@@ -33,7 +33,7 @@ def check(args: argparse.Namespace, overrides: list[str]) -> list[dict]:
         topology, adapted, changed = get_topology(name), config, {}
         if args.adapt:
             adapted, changed = adapt(config, len(topology.devices), topology.shape)
-        run = compile_run(adapted, name)
+        run = compile_run(adapted, name, args.phases.split(",") if args.phases else ())
         summary = report.summarize(run)
         summary["overrides"] = overrides + [f"--config.{key}={value}" for key, value in changed.items()]
         if args.microbatch:
@@ -60,6 +60,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--topology", required=True, help="chip:AxB or chip:AxBxC, or several with commas: v5e:4x4,v5p:4x4x4")
     parser.add_argument("--adapt", action="store_true", help="change mesh, prompts, chunks and micro-batch to what divides over "
                                                             "the topology, and say how")
+    parser.add_argument("--phases", default="", help="compile only these: encode, rollout, decode, reward, update, ...")
     parser.add_argument("--microbatch", action="store_true", help="also search the largest config.grpo.microbatch that fits "
                                                                  "(several compiles)")
     parser.add_argument("--json", metavar="FILE", help="write everything that was found out")

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from dancegrpo_jax.rollout import rollout
 from dancegrpo_jax.trainer import concatenate
 from dancegrpo_jax.update import Objective, init_state, make_examples, make_optimizer, rescore, update
 
+PHASES = ("encode", "rollout", "decode", "reward", "join", "examples", "rescore", "update")
 log = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parents[1] / "architectures"  # configs of released pipelines, by hub id
 REWARD_MODELS = {"yuvalkirstain/PickScore_v1": "ViT-H-14", "openai/clip-vit-large-patch14": "ViT-L-14-quickgelu"}
@@ -182,9 +183,10 @@ def compile_phase(phase: Phase, function, *args, parallel: int, devices: int, **
     return jax.tree.map(_sharded, traced.out_info, compiled.output_shardings)
 
 
-def compile_run(config, topology_name: str) -> Run:
+def compile_run(config, topology_name: str, only: Sequence[str] = ()) -> Run:
     """Compiles every phase of `config` for a topology; a phase that needs too much memory ends the list, with its `error`.
 
+    only: names of phases to compile ("reward" means all rewards); of the others the results are taken to be split by sample.
     Raises: ConfigError for a config that does not fit the number of devices, TopologyError.
     """
     topology = get_topology(topology_name)
@@ -192,8 +194,12 @@ def compile_run(config, topology_name: str) -> Run:
     config = offline_config(config)
     mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
     run = Run(topology, mesh, config, [], {}, 0, [])
+    if only:
+        run.notes.append(f"only {', '.join(only)}: other phases are in no sum")
     with contextlib.suppress(OutOfMemory):
-        _compile_phases(run)
+        _compile_phases(run, only)
+    if not run.phases:
+        raise ConfigError(f"--phases={','.join(only)}: none of the phases is called so; known are {', '.join(PHASES)}")
     _count_resident(run)
     return run
 
@@ -223,7 +229,7 @@ def largest_microbatch(run: Run, usable: float) -> int:
     return max(0, *sizes[:bisect.bisect_left(sizes, True, key=lambda size: not fits(size))], 0)
 
 
-def _compile_phases(run: Run) -> None:
+def _compile_phases(run: Run, only: Sequence[str]) -> None:
     config, mesh = run.config, run.mesh
     devices, parts = mesh.size, sharding.batch_devices(mesh)
     chunks, group = config.data.chunks, config.data.group_size
@@ -237,7 +243,16 @@ def _compile_phases(run: Run) -> None:
     def split(count: int) -> int:  # a batch that does not divide is computed by every part of the mesh
         return devices if count % parts == 0 else devices // parts
 
-    def compiled(name, calls, uses, function, *args, batch, plain=None, run=run, **kwargs):
+    def by_sample(tree, axis: int):
+        def where(leaf):
+            fits = leaf.ndim > axis and leaf.shape[axis] % parts == 0
+            return NamedSharding(mesh, PartitionSpec(*(None,) * axis, sharding.BATCH) if fits else PartitionSpec())
+        return jax.tree.map(lambda leaf: _sharded(leaf, where(leaf)), tree)
+
+    def compiled(name, calls, uses, function, *args, batch, plain=None, run=run, batch_axis=0, **kwargs):
+        if name and only and name.split()[0] not in only:
+            with jax.set_mesh(mesh):
+                return by_sample(function.trace(*args, **kwargs).out_info, batch_axis)
         phase, start = Phase(name, calls, uses), time.process_time()
         if name:
             log.info("compiling %s for %s", name, run.topology.name)
@@ -285,7 +300,7 @@ def _compile_phases(run: Run) -> None:
     samples, network = prompts * group, ("trainable", "frozen denoiser", "negative")
     args = (policy, state.trainable, rest, cond, key, schedule)
     trajectory = compiled("rollout", chunks, network, rollout, *args, group_size=group,
-                          shared_noise=config.sampler.shared_noise, batch=samples, plain=args)
+                          shared_noise=config.sampler.shared_noise, batch=samples, plain=args, batch_axis=1)
     latents = jax.ShapeDtypeStruct(trajectory.latents.shape[1:], trajectory.latents.dtype,
                                    sharding=NamedSharding(mesh, PartitionSpec(*trajectory.latents.sharding.spec[1:])))
     images = compiled("decode", chunks, ("vae",), decode, policy, rest, latents, batch=samples)
@@ -294,7 +309,7 @@ def _compile_phases(run: Run) -> None:
         text = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), reward.prepare([""] * prompts, None))
         compiled(f"reward {name}", chunks, ("rewards",), reward.scorer(), reward.params, grouped, text, batch=samples)
 
-    joined = compiled("join", 1, ("chunks",), concatenate, [trajectory] * chunks, axis=1, batch=samples)
+    joined = compiled("join", 1, ("chunks",), concatenate, [trajectory] * chunks, axis=1, batch=samples, batch_axis=1)
     conds = compiled("", 1, (), concatenate, [cond] * chunks, batch=samples)
     rows, times = config.data.prompts_per_step * trained_group, trained_steps(config)
     advantage = array((config.data.prompts_per_step, group), np.float32)
@@ -307,7 +322,8 @@ def _compile_phases(run: Run) -> None:
 
     def learn(run: Run, microbatch: int) -> None:
         examples = compiled("examples", 1, ("trajectory",), make_examples, joined, schedule, conds, advantage, chosen, time_index,
-                            updates=config.grpo.updates_per_rollout, microbatch=microbatch, batch=microbatch, run=run)
+                            updates=config.grpo.updates_per_rollout, microbatch=microbatch, batch=microbatch, run=run,
+                            batch_axis=2)
         run.resident["examples"] = device_bytes(examples)
         if config.grpo.rescore and not objective.on_policy:
             compiled("rescore", 1, (*network, "examples"), rescore, policy, state.trainable, rest, examples, batch=microbatch,

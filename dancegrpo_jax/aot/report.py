@@ -24,9 +24,10 @@ def summarize(run: Run) -> dict:
         "topology": run.topology.name, "chips": len(devices), "fits": fits, "verdict": verdict, "limit_bytes": limit,
         "mesh": {name: int(size) for name, size in run.mesh.shape.items()}, "resident_bytes": run.resident,
         "state_bytes": run.state_bytes, "phases": phases, "notes": [*run.notes, *_notes(run)]}
-    update = next((phase for phase in run.phases if phase.name == "update" and phase.memory), None)
-    if update:
-        summary["donated"] = update.memory["alias"] / run.state_bytes
+    compiled = {phase.name: phase for phase in run.phases if phase.memory}
+    if "update" in compiled:
+        summary["donated"] = compiled["update"].memory["alias"] / run.state_bytes
+    if {"rollout", "update"} <= compiled.keys():
         summary["iteration"] = _iteration(run, phases)
     return summary
 
