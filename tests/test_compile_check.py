@@ -208,7 +208,8 @@ def test_tpu_text():
     """As libtpu writes it: trips from the condition, a kernel's lines, all-reduce-scatter, sliced stacks, three spellings."""
     traffic = hlo.analyse(HLO, 8)
     assert set(traffic.collectives) == {
-        hlo.Collective("all-gather", 64 * 32 * 2, (0, 2, 4, 6), 9), hlo.Collective("reduce-scatter", 64 * 32 * 2, (0, 1, 2, 3), 9),
+        hlo.Collective("all-gather", 64 * 32 * 2, (0, 2, 4, 6), 9),
+        hlo.Collective("reduce-scatter", 64 * 32 * 2, (0, 1, 2, 3), 9),
         hlo.Collective("all-gather", 32 * 8 * 4, tuple(range(8)), 1), hlo.Collective("collective-permute", 4 * 8 * 4, (3, 5), 1)}
     weights = 16 * 32 * 2  # a layer's slice is read and written, then read by the kernel, which writes on chip
     assert traffic.hbm_bytes == 9 * (weights + 4 + weights + weights)
@@ -240,7 +241,8 @@ class Device:
 
 
 def torus(name, *shape):
-    return Topology(f"{name}:{'x'.join(map(str, shape))}", CHIPS[name], shape, tuple(Device(*place) for place in np.ndindex(*shape)))
+    devices = tuple(Device(*place) for place in np.ndindex(*shape))
+    return Topology(f"{name}:{'x'.join(map(str, shape))}", CHIPS[name], shape, devices)
 
 
 def test_links():

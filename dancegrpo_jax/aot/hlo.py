@@ -119,7 +119,8 @@ def first_group(attributes: str, devices: int) -> tuple[int, ...]:
         return tuple(integers(listed[1]))
     if tiled := re.search(r"replica_groups=\[([\d,]+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", attributes):
         return tuple(int(i) for i in iota(*map(integers, tiled.groups())).reshape(-1, integers(tiled[1])[-1])[0])
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
+                      attributes)
     if named:
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
         order = iota([devices], integers(named[2]), integers(named[3])).reshape(tuple(axes.values()))

@@ -189,6 +189,8 @@ def compile_run(config, topology_name: str, only: Sequence[str] = ()) -> Run:
     only: names of phases to compile ("reward" means all rewards); of the others the results are taken to be split by sample.
     Raises: ConfigError for a config that does not fit the number of devices, TopologyError.
     """
+    if unknown := set(only) - set(PHASES):
+        raise ConfigError(f"--phases: {unknown.pop()!r} is not one of {', '.join(PHASES)}")
     topology = get_topology(topology_name)
     validate(config, len(topology.devices))
     config = offline_config(config)
@@ -198,8 +200,6 @@ def compile_run(config, topology_name: str, only: Sequence[str] = ()) -> Run:
         run.notes.append(f"only {', '.join(only)}: other phases are in no sum")
     with contextlib.suppress(OutOfMemory):
         _compile_phases(run, only)
-    if not run.phases:
-        raise ConfigError(f"--phases={','.join(only)}: none of the phases is called so; known are {', '.join(PHASES)}")
     _count_resident(run)
     return run
 
@@ -294,7 +294,8 @@ def _compile_phases(run: Run, only: Sequence[str]) -> None:
 
     # ---------------------------------------------------------------- the phases of an iteration
     rest = {key: value for key, value in frozen.items() if not embedded or key not in policy.texts}
-    cond = compiled("" if embedded else "encode", chunks, ("text encoders",), encode, policy, frozen, tokens(prompts), batch=prompts)
+    cond = compiled("" if embedded else "encode", chunks, ("text encoders",), encode, policy, frozen, tokens(prompts),
+                    batch=prompts)
     key = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), jax.eval_shape(lambda: jax.random.key(0)))
     schedule = policy.schedule(config.sampler.steps, config.sampler.shift)
     samples, network = prompts * group, ("trainable", "frozen denoiser", "negative")

@@ -77,7 +77,7 @@ def _notes(run: Run) -> list[str]:
     if config.eval.batch % parts:
         notes.append(f"config.eval.batch={config.eval.batch} does not divide over {parts} devices: evaluation is computed by "
                      f"each of them; set it to a multiple of {parts}")
-    if len(run.topology.shape) == 3 and min(run.topology.shape) > 1 and shape["fsdp"] == len(run.topology.devices):
+    if len(run.topology.shape) == 3 and min(run.topology.shape) > 2 and shape["fsdp"] == len(run.topology.devices):
         notes.append("fsdp over a whole 3-D torus: the compiler gathers weights by all-reduce, twice the traffic; split the "
                      "devices between config.mesh.data and config.mesh.fsdp")
     update = next((phase for phase in run.phases if phase.name == "update" and phase.memory), None)
@@ -147,8 +147,8 @@ def table(titles: Sequence[str], summaries: Sequence[dict]) -> str:
         if "iteration" in summary:
             run = summary["iteration"]
             parts = run["parts_expected_seconds"]
-            cells += [f"{parts['rollout']:.1f}, {parts['update']:.1f}, {run['expected_seconds']:.1f}", f"{run['bound_seconds']:.1f}",
-                      f"{run['mfu']:.0%}", f"{run['samples_per_second']:.2f}", f"{run['hours']:.2f}", f"{run['chip_hours']:.0f}"]
+            cells += [f"{parts['rollout']:.1f}, {parts['update']:.1f}, {run['expected_seconds']:.1f}",
+                      f"{run['bound_seconds']:.1f}", f"{run['mfu']:.0%}", f"{run['samples_per_second']:.2f}", f"{run['hours']:.2f}", f"{run['chip_hours']:.0f}"]
         else:
             cells += [summary["verdict"].partition("(")[2].rstrip(")")] + [""] * 5
         lines.append("| " + " | ".join(cells) + " |")

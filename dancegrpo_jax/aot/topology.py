@@ -19,8 +19,8 @@ class Chip(NamedTuple):
 
     `flops`: bf16 FLOP/s. `memory`: bytes of HBM that a program may use, as libtpu's own error message says. `hbm`, `link`:
     bytes/s of HBM, and of one ICI link in one direction. `axes`: of the torus, two links each. `ring`: an axis whose length
-    is a multiple of it closes to a ring. `rate`: share of `flops` at which the compiler's cycle estimates, at default effort, run a FLUX transformer's matmuls
-    with all its elementwise work (v4: assumed).
+    is a multiple of it closes to a ring. `rate`: share of `flops` at which the
+    compiler's cycle estimates, at default effort, run a FLUX transformer with all its elementwise work (v4: assumed).
     """
 
     flops: float

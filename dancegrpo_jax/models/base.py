@@ -74,8 +74,7 @@ class Policy:
         self.denoiser = abstract_model(self.denoiser_class, self.part(self.denoiser_folder))
         self.vae = abstract_model(AutoencoderKL, self.part("vae"))
         self.texts = {name: abstract_model(model, self.part(name)) for name, _, model, _ in self.text_encoders()}
-        self.lengths = {name: read_json(self.part(folder) / "tokenizer_config.json")["model_max_length"]
-                        for name, folder, *_ in self.text_encoders()}
+        self.lengths = {name: self.context(folder) for name, folder, *_ in self.text_encoders()}
         if text_length:
             self.lengths[list(self.lengths)[-1]] = text_length
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -87,6 +86,14 @@ class Policy:
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder; config.model.folder must be a pipeline in the diffusers layout")
         return path
+
+    def context(self, tokenizer: str) -> int:
+        """The longest text, in tokens, of the tokenizer in that folder. Raises: CheckpointError if its config has none."""
+        path = self.part(tokenizer) / "tokenizer_config.json"
+        length = read_json(path).get("model_max_length")
+        if not isinstance(length, int):
+            raise CheckpointError(f"{path}: model_max_length={length!r} is not a number of tokens; write it there")
+        return length
 
     def text_encoders(self) -> tuple[tuple[str, str, type, type], ...]:
         """(folder, folder of its tokenizer, model class, tokenizer class) of every text encoder, the longest last."""
