@@ -148,7 +148,8 @@ def table(titles: Sequence[str], summaries: Sequence[dict]) -> str:
             run = summary["iteration"]
             parts = run["parts_expected_seconds"]
             cells += [f"{parts['rollout']:.1f}, {parts['update']:.1f}, {run['expected_seconds']:.1f}",
-                      f"{run['bound_seconds']:.1f}", f"{run['mfu']:.0%}", f"{run['samples_per_second']:.2f}", f"{run['hours']:.2f}", f"{run['chip_hours']:.0f}"]
+                      f"{run['bound_seconds']:.1f}",
+                      f"{run['mfu']:.0%}", f"{run['samples_per_second']:.2f}", f"{run['hours']:.2f}", f"{run['chip_hours']:.0f}"]
         else:
             cells += [summary["verdict"].partition("(")[2].rstrip(")")] + [""] * 5
         lines.append("| " + " | ".join(cells) + " |")
