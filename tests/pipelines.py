@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -35,7 +36,7 @@ def write_pipeline(folder, paradigm: str, seed: int = 0):
     denoiser = ((flux.FluxTransformer2DModel, FLUX, "transformer") if paradigm == "flow"
                 else (unet.UNet2DConditionModel, UNET, "unet"))
     for model_class, config, part in ((vae.AutoencoderKL, VAE, "vae"), (clip.CLIPTextModel, text, "text_encoder"), denoiser):
-        params = split(model_class(config, rngs=nnx.Rngs(seed)))[1]
+        params = jax.jit(lambda: split(model_class(config, rngs=nnx.Rngs(seed)))[1])()  # eagerly every leaf compiles
         save_model(folder / part, model_class, config, params, dtype=jnp.float32)
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))

@@ -55,7 +55,7 @@ def wait_for(line: str, process: subprocess.Popen) -> None:
     raise AssertionError(process.stderr.read())
 
 
-def finish(processes, timeout=300) -> list[tuple[int, str]]:
+def finish(processes, timeout=600) -> list[tuple[int, str]]:
     """(status, stderr) of each."""
     try:
         errors = [process.communicate(timeout=timeout)[1] for process in processes]

@@ -143,8 +143,7 @@ def test_corrupt_newest_checkpoint_is_skipped(workspace, uninterrupted):
     assert training_metrics(run) == training_metrics(uninterrupted)
 
 
-@pytest.mark.parametrize("paradigm", ["flow", "diffusion"])
-def test_eight_devices_train_like_one(workspace, paradigm):
+def test_eight_devices_train_like_one(workspace, paradigm="diffusion"):  # FLUX: tests/test_sharding.py, on every mesh
     runs = []
     for devices, mesh in ((1, ()), (8, ("--config.mesh.data=2", "--config.mesh.fsdp=4"))):
         run = f"{paradigm}_{devices}"
