@@ -5,6 +5,7 @@ Every process runs the same code on the same prompts and holds the parts of the 
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -41,8 +42,9 @@ def initialize() -> None:
         return
     try:
         jax.distributed.initialize(**options)
-    except ValueError as error:
-        if "coordinator_address should be defined" not in str(error):  # what jax says when it recognises nothing
+    except (ValueError, RuntimeError) as error:
+        # What jax says when it recognises nothing, and when it is in use already, as for a second run in a notebook.
+        if not re.search("coordinator_address should be defined|must be called before any JAX calls", str(error)):
             raise
 
 
