@@ -184,8 +184,12 @@ def test_help_lists_every_key_without_jax(write):
         assert f"--config.{name}=" in out.stdout and key.help in out.stdout
 
 
+PODS = [(f"pods/{path.stem}", int(path.stem.rpartition("_")[2]))
+        for path in sorted((Path(__file__).parents[1] / "configs/pods").glob("*.py"))]
+
+
 @pytest.mark.parametrize(("name", "devices"), [("shapes_flow", 1), ("shapes_diffusion", 1), ("sd_hps", 8), ("flux_hps", 16),
-                                               ("flux_hps_lora", 8), ("flux_hps_clip", 16)])
+                                               ("flux_hps_lora", 8), ("flux_hps_clip", 16), *PODS])
 def test_shipped_configs_fit_the_devices_they_name(name, devices):
     config = c.load([f"--config={Path(__file__).parents[1]}/configs/{name}.py"])
     c.validate(config, devices)

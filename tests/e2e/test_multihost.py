@@ -13,7 +13,7 @@ import pytest
 from tests.e2e.test_train import ROOT, command, environment, launch, training_metrics
 from tests.pipelines import write_pipeline
 
-MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=-1", "--config.eval.every=0", "--config.steps=4",
+MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=-1", "--config.eval.every=0", "--config.steps=4", "--config.model.remat=none",
         '--config.rewards={"color": {}, "bright": {"reward": "tests.e2e.test_multihost:brightness"}}')
 
 

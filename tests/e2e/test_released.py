@@ -76,7 +76,8 @@ def test_trains_and_resumes(trained):
     records = [record for record in read_metrics(run / "metrics.jsonl") if "train/loss" in record]
     assert [record["step"] for record in records] == [1, 2, 3]
     for record in records:
-        assert abs(record["train/ratio_first/min"] - 1) <= 1e-6 and abs(record["train/ratio_first/max"] - 1) <= 1e-6
+        # bfloat16, compiled with little optimisation: within the clip range. tests/test_ratio.py compiles as users do: 1e-6.
+        assert max(abs(record[f"train/ratio_first/{end}"] - 1) for end in ("min", "max")) <= 1e-4
         assert record["train/grad_norm"] > 0
     stored = json.loads((run / "config.json").read_text())["model"]
     assert stored["dtype"] == "bfloat16" and stored["guidance_scale"] == (5.0 if config == "sd_hps" else 1.0)
