@@ -2,15 +2,11 @@
 
 The other side is torch_grpo.py: the same weights, samples, sampler steps, trained timesteps, float32 and cores, once as the
 published scripts loop (one sample, one (sample, timestep) pair at a time) and once batched. First both compute one iteration
-from the same noise and must agree; then they are timed in turns, after a warm-up. Needs tests/requirements.txt.
-
-    --cores=0            which to use, e.g. 0,1
-    --repeats=5          turns that count
-    --batches=1,48       PyTorch's batch sizes; 1 is the published loop
-    --compile            PyTorch's batched loop through torch.compile
-    --config.KEY=VALUE   as in launch/train.py; `--config.model.lora.rank=0` trains all weights
+from the same noise and must agree; then they are timed in turns, after a warm-up. Needs tests/requirements.txt. All keys of
+the config can be overridden as for launch/train.py: `--config.model.lora.rank=0` trains all weights.
 """
 
+import argparse
 import os
 import sys
 import time
@@ -221,9 +217,9 @@ class Clock:
         self.mark = now
 
 
-def compare(argv: list[str], cores: str, repeats: str, batches: str, compiled: bool) -> None:
+def compare(args: argparse.Namespace, overrides: list[str]) -> None:
     """Prints the differences of the proof and a table of times and ratios."""
-    cpus = [int(core) for core in cores.split(",")]
+    cpus = [int(core) for core in args.cores.split(",")]
     os.sched_setaffinity(0, cpus)  # before the libraries count their threads
     import jax
     import numpy as np
@@ -232,24 +228,24 @@ def compare(argv: list[str], cores: str, repeats: str, batches: str, compiled: b
     from dancegrpo_jax.config import load, validate
 
     torch.set_num_threads(len(cpus))
-    config = load(argv)
+    config = load([f"--config={args.config}", *overrides])
     validate(config)
     ours = Ours(config)
-    theirs = {f"PyTorch, {size} at a time": (Theirs(ours), int(size)) for size in batches.split(",")}
+    theirs = {f"PyTorch, {size} at a time": (Theirs(ours), int(size)) for size in args.batches.split(",")}
     samples = len(ours.prompts) * config.data.group_size
-    print(f"{samples} samples of {config.sampler.steps} steps, {config.grpo.microbatch} pairs in a micro-batch, cores {cores}, "
+    print(f"{samples} samples of {config.sampler.steps} steps, {config.grpo.microbatch} pairs in a micro-batch, cores {args.cores}, "
           f"jax {jax.__version__}, torch {torch.__version__}", flush=True)
     for name, (loop, size) in theirs.items():
         errors = prove_equal(ours, loop, size)
         print(f"same iteration ({name}): " + ", ".join(f"{key} {value:.1e}" for key, value in errors.items()), flush=True)
-        if compiled and size > 1:
+        if args.compile and size > 1:
             loop.loop.model.compile(dynamic=False)
             loop.loop.vae.decoder.compile(dynamic=False)
 
     runs = {"ours": lambda turn, lap: ours.iteration(jax.random.key(turn), lap)}
     runs |= {name: lambda turn, lap, loop=loop, size=size: loop.iteration(size, lap) for name, (loop, size) in theirs.items()}
     clocks = {name: [] for name in runs}
-    for turn in range(1 + int(repeats)):  # the first compiles and warms up
+    for turn in range(1 + args.repeats):  # the first compiles and warms up
         for name, run in runs.items():
             clock = Clock()
             run(turn, clock.lap)
@@ -278,18 +274,15 @@ def compare(argv: list[str], cores: str, repeats: str, batches: str, compiled: b
 def main(argv: list[str]) -> int:
     from dancegrpo_jax.config import exit_status
 
-    own, rest = {"--cores": "0", "--repeats": "5", "--batches": "1,48"}, []
-    for flag in argv:
-        name, _, value = flag.partition("=")
-        if name in own:
-            own[name] = value
-        elif flag != "--compile":
-            rest.append(flag)
-    if {"-h", "--help"} & set(rest):
-        print(__doc__)
-        return 0
+    parser = argparse.ArgumentParser(prog="python benchmarks/against_torch.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--cores", default="0", help="which to use, e.g. 0,1")
+    parser.add_argument("--repeats", type=int, default=5, help="turns that count")
+    parser.add_argument("--batches", default="1,48", help="PyTorch's batch sizes; 1 is the published loop")
+    parser.add_argument("--compile", action="store_true", help="PyTorch's batched loop through torch.compile")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    return exit_status(compare, rest, *own.values(), "--compile" in argv)
+    return exit_status(compare, *parser.parse_known_args(argv[1:]))
 
 
 if __name__ == "__main__":

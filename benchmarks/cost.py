@@ -1,15 +1,11 @@
 """What an iteration costs, by sampler steps, resolution and group size: `python benchmarks/cost.py --out=cost.csv`.
 
 Trains the config for a few iterations per setting, one setting varied at a time, and reports the median time of each phase
-without the first two iterations, which compile.
-
-    --config=configs/shapes_flow.py   and its overrides, as for launch/train.py; the default reward is JPEG size, which
-                                      takes pictures of any resolution
-    --cores=0,1                       which to use
-    --iterations=5                    that count
-    --steps=5,8,16  --resolution=16,32,64  --group=6,12,24
+without the first two iterations, which compile. The reward is JPEG size, which takes pictures of any resolution, unless
+--config.rewards says otherwise: all keys can be overridden as for launch/train.py.
 """
 
+import argparse
 import csv
 import os
 import subprocess
@@ -20,8 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 PHASES = ("rollout", "decode", "reward", "update", "total")
 VARIED = {"steps": ("sampler.steps",), "resolution": ("model.height", "model.width"), "group": ("data.group_size",)}
-DEFAULTS = {"--config": "configs/shapes_flow.py", "--out": "", "--cores": "0,1", "--iterations": "5",
-            "--steps": "5,8,16", "--resolution": "16,32,64", "--group": "6,12,24"}
 
 
 def measure(argv: list[str], iterations: int) -> dict[str, float]:
@@ -38,7 +32,7 @@ def measure(argv: list[str], iterations: int) -> dict[str, float]:
                     "checkpoint.every": iterations + 2, "log.images_every": 0, "log.prompts_in_grid": 1,
                     "grpo.microbatch": min(config.grpo.microbatch, samples)}
         flags = [f"--config.{key}={value}" for key, value in settings.items()]
-        run = subprocess.run([sys.executable, "launch/train.py", *argv[1:], *flags], capture_output=True, text=True,
+        run = subprocess.run([sys.executable, "launch/train.py", *argv, *flags], capture_output=True, text=True,
                              cwd=Path(__file__).resolve().parents[1])
         if run.returncode:
             raise ConfigError((run.stderr.splitlines() or ["launch/train.py failed"])[-1].removeprefix("error: "))
@@ -47,21 +41,23 @@ def measure(argv: list[str], iterations: int) -> dict[str, float]:
     return {"samples": samples} | result | {"samples/s": samples / result["total"]}
 
 
-def table(argv: list[str], own: dict[str, str]) -> None:
+def table(args: argparse.Namespace, overrides: list[str]) -> None:
     """Prints one row per setting, and writes them to --out as CSV."""
-    os.sched_setaffinity(0, [int(core) for core in own["--cores"].split(",")])  # the runs inherit it
+    os.sched_setaffinity(0, [int(core) for core in args.cores.split(",")])  # the runs inherit it
+    rewards = '--config.rewards={"jpeg": {}}', '--config.eval.rewards={"jpeg": {}}'
+    argv = [f"--config={args.config}", *rewards, *overrides]
     rows = []
     for varied, keys in VARIED.items():
-        for value in own[f"--{varied}"].split(","):
+        for value in getattr(args, varied).split(","):
             settings = [f"--config.{key}={value}" for key in keys]
-            row = {"varied": varied, "value": value} | measure([*argv, *settings], int(own["--iterations"]))
+            row = {"varied": varied, "value": value} | measure([*argv, *settings], args.iterations)
             if not rows:
                 print("\n| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|", flush=True)
             rows.append(row)
             print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()) + " |",
                   flush=True)
-    if own["--out"]:
-        with open(own["--out"], "w", newline="", encoding="utf-8") as file:
+    if args.out:
+        with open(args.out, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader(), writer.writerows(rows)
 
@@ -69,19 +65,16 @@ def table(argv: list[str], own: dict[str, str]) -> None:
 def main(argv: list[str]) -> int:
     from dancegrpo_jax.config import exit_status
 
-    own, rest = dict(DEFAULTS), []
-    for flag in argv[1:]:
-        name, _, value = flag.partition("=")
-        if name in own:
-            own[name] = value
-        else:
-            rest.append(flag)
-    if {"-h", "--help"} & set(rest):
-        print(__doc__)
-        return 0
+    parser = argparse.ArgumentParser(prog="python benchmarks/cost.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/shapes_flow.py")
+    parser.add_argument("--out", metavar="FILE", help="also write the table as CSV")
+    parser.add_argument("--cores", default="0,1", help="which to use")
+    parser.add_argument("--iterations", type=int, default=5, help="that count")
+    for name, values in {"steps": "5,8,16", "resolution": "16,32,64", "group": "6,12,24"}.items():
+        parser.add_argument(f"--{name}", default=values, help=f"values of config.{VARIED[name][0]} (default: {values})")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    rewards = '--config.rewards={"jpeg": {}}', '--config.eval.rewards={"jpeg": {}}'
-    return exit_status(table, [argv[0], f"--config={own['--config']}", *rewards, *rest], own)
+    return exit_status(table, *parser.parse_known_args(argv[1:]))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ takes model, lengths and both prompt files from a training config (overridden as
 resumes with the next shard. A FLUX prompt takes 3.1 MB at T5's 512 tokens, and half with --config.model.text_length=256.
 """
 
+import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-def precompute(argv: list[str], out: str, batch: str) -> Path:
+def precompute(argv: list[str], out: str, batch: int) -> Path:
     """Writes the embedding set of a config's prompts into `out`, `batch` prompts at a time.
 
     Args: argv: --config=path.py and its overrides.
@@ -30,10 +31,8 @@ def precompute(argv: list[str], out: str, batch: str) -> Path:
 
     config = load(argv)
     validate(config, jax.device_count())
-    if not out:
-        raise ConfigError("--out=FOLDER is missing")
-    if not batch.isdigit() or batch == "0":
-        raise ConfigError(f"--batch={batch}: must be a whole number of prompts, at least 1")
+    if batch < 1:
+        raise ConfigError(f"--batch={batch}: must be at least 1 prompt")
     prompts = read_prompts(config.data.train) + read_prompts(config.data.heldout)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
@@ -45,7 +44,7 @@ def precompute(argv: list[str], out: str, batch: str) -> Path:
         embed = partial(encode_prompts, policy, frozen, mesh)
         source = embeddings.fingerprint(policy)
         with tqdm(total=len(set(prompts) | {""}), unit="prompt") as bar:
-            for done, _ in embeddings.write(out, prompts, embed, source, int(batch)):
+            for done, _ in embeddings.write(out, prompts, embed, source, batch):
                 bar.update(done - bar.n)
     manifest = Path(out) / "manifest.json"
     print(f"{manifest.parent}: {bar.n} prompts, {embeddings.read_json(manifest)['bytes'] / bar.n / 1e6:.3f} MB each")
@@ -55,17 +54,12 @@ def precompute(argv: list[str], out: str, batch: str) -> Path:
 def main(argv: list[str]) -> int:
     from dancegrpo_jax.config import exit_status
 
-    own, rest = {"--out": "", "--batch": "8"}, []
-    for flag in argv:
-        name, _, value = flag.partition("=")
-        if name in own:
-            own[name] = value
-        else:
-            rest.append(flag)
-    if {"-h", "--help"} & set(rest):
-        print(__doc__)
-        return 0
-    return exit_status(precompute, rest, own["--out"], own["--batch"])
+    parser = argparse.ArgumentParser(prog="python launch/precompute.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the embeddings are written")
+    parser.add_argument("--batch", type=int, default=8, help="prompts encoded at a time")
+    args, config = parser.parse_known_args(argv[1:])
+    return exit_status(precompute, config, args.out, args.batch)
 
 
 if __name__ == "__main__":
