@@ -315,7 +315,7 @@ def _check_batch(config, devices: int | None) -> None:
               f"({rows // grpo.updates_per_rollout} samples x {steps} timesteps); near are "
               f"{_divisors_near(pairs, grpo.microbatch)}")
 
-    axes = {name: config.mesh[name] for name in ("data", "fsdp", "seq", "tensor")}
+    axes = dict(config.mesh)
     rest = [name for name, size in axes.items() if size == -1]
     if len(rest) > 1:
         _fail(f"mesh.{rest[1]}", -1, f"only one axis may be -1, and config.mesh.{rest[0]} is; give a number of devices")

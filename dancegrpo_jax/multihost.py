@@ -66,9 +66,10 @@ def leave(error: BaseException) -> None:
 
 def fetch(tree):
     """numpy copies of arrays, wherever their parts are. All processes must call it alike, and all get the values."""
-    return jax.tree.map(np.asarray, tree) if jax.process_count() == 1 else jax.tree.map(
-        lambda leaf: np.asarray(multihost_utils.process_allgather(leaf, tiled=True)) if isinstance(leaf, jax.Array)
-        and not leaf.is_fully_addressable else np.asarray(leaf), tree)
+    def whole(leaf):
+        spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True) if spread else leaf)
+    return jax.tree.map(whole, tree)
 
 
 def on_primary(work: Callable):

@@ -125,17 +125,12 @@ def first_group(attributes: str, devices: int) -> tuple[int, ...]:
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
         order = iota([devices], integers(named[2]), integers(named[3])).reshape(tuple(axes.values()))
         used = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named[4])
-        if all(name in axes for name, *_ in used) and not any(part for _, part, _ in used):
-            index = tuple(slice(None) if name in [u[0] for u in used] else 0 for name in axes)
-            return tuple(int(i) for i in order[index].ravel())
-        sub = _sub_axis_group(order, list(axes), used)
-        if sub:
-            return sub
+        return _axes_group(order, list(axes), used)
     raise ValueError(f"unknown spelling of replica groups: {attributes[:200]}")
 
 
-def _sub_axis_group(order, names: list[str], used) -> tuple[int, ...]:
-    """A group along parts of mesh axes, written 'axis':(product of the parts before)size."""
+def _axes_group(order, names: list[str], used) -> tuple[int, ...]:
+    """A group along mesh axes or parts of them, written 'axis' or 'axis':(product of the parts before)size."""
     index = []
     for axis, name in enumerate(names):
         parts = [(int(before or 1), int(size or order.shape[axis])) for found, before, size in used if found == name]
