@@ -12,28 +12,28 @@ from dancegrpo_jax.rollout import rollout
 from dancegrpo_jax.update import Objective, init_state, make_examples, update
 from tests.pipelines import load_policy, write_pipeline
 
+OPTIMISED = True
 STEPS = 4
 PROMPTS = ["a red circle", "two blue squares", "a cross and a circle"]
 
-# paradigm, dtype, LoRA rank, guidance, (prompts, group), devices
+# paradigm, dtype, LoRA rank, guidance, (prompts, group), devices: every value of each with every one of the others once,
+# but the batch sizes
 CASES = [
-    ("flow", "float32", 4, 3.0, (2, 12), 1),
-    ("flow", "float32", 0, 3.0, (8, 7), 8),
-    ("flow", "bfloat16", 4, 1.0, (16, 12), 8),
-    ("diffusion", "float32", 4, 1.0, (1, 1), 1),
-    ("diffusion", "bfloat16", 0, 3.0, (1, 7), 1),
-    ("diffusion", "float32", 0, 3.0, (16, 12), 8),
+    ("flow", "float32", 0, 1.0, (1, 1), 1),
+    ("flow", "bfloat16", 4, 3.0, (1, 7), 1),
+    ("flow", "float32", 4, 1.0, (8, 7), 8),
+    ("flow", "bfloat16", 0, 3.0, (16, 12), 8),
+    ("flow", "bfloat16", 4, 1.0, (8, 1), 8),
+    ("diffusion", "float32", 4, 3.0, (2, 12), 1),
+    ("diffusion", "bfloat16", 0, 1.0, (1, 7), 1),
+    ("diffusion", "float32", 0, 1.0, (8, 1), 8),
+    ("diffusion", "bfloat16", 4, 3.0, (16, 12), 8),
 ]
 
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
     return {paradigm: write_pipeline(tmp_path_factory.mktemp(paradigm), paradigm) for paradigm in ("flow", "diffusion")}
-
-
-def optimised(function, *args, **kwargs):
-    """A jitted function compiled as outside of tests (conftest.py optimises less): that decides how values round."""
-    return function.lower(*args, **kwargs).compile(compiler_options={"xla_backend_optimization_level": 3})
 
 
 @pytest.mark.parametrize("paradigm,dtype,rank,guidance,batch,devices", CASES)
@@ -50,8 +50,7 @@ def test_ratio_is_one_before_the_first_update(pipelines, paradigm, dtype, rank, 
         tokens = policy.tokenize((PROMPTS * prompts)[:prompts])
         cond = encode(policy, frozen, sharding.shard_batch(tokens, mesh))
         schedule = policy.schedule(STEPS, 2.0)
-        args = trainable, frozen, cond, jax.random.key(1), schedule
-        trajectory = optimised(rollout, policy, *args, group_size=group)(*args)
+        trajectory = rollout(policy, trainable, frozen, cond, jax.random.key(1), schedule, group_size=group)
         trained = STEPS - 1
         time_index = jnp.tile(jnp.arange(trained), (prompts * group, 1))
         chosen = jnp.tile(jnp.arange(group), (prompts, 1))
@@ -60,9 +59,8 @@ def test_ratio_is_one_before_the_first_update(pipelines, paradigm, dtype, rank, 
                                  microbatch=prompts * group)
         tx = optax.adamw(1e-3)
         state = init_state(trainable, tx=tx, with_ema=False)
-        step = optimised(update, policy, tx, Objective(), state, frozen, {}, examples, 0)
-        state, first = step(state, frozen, {}, examples, 0)
-        _, second = step(state, frozen, {}, examples, 0)
+        state, first = update(policy, tx, Objective(), state, frozen, {}, examples, 0)
+        _, second = update(policy, tx, Objective(), state, frozen, {}, examples, 0)
     assert float(jnp.abs(trajectory.log_probs[:trained]).min()) > 0
     for bound in ("min", "max"):
         assert abs(float(first[f"rollout_ratio/{bound}"]) - 1) <= 1e-6

@@ -1,6 +1,5 @@
 """A whole iteration against the PyTorch loop of benchmarks/: trajectory, log-probabilities, images, advantages, gradients."""
 
-import jax
 import pytest
 
 pytest.importorskip("diffusers")
@@ -9,14 +8,6 @@ pytest.importorskip("peft")
 from benchmarks.against_torch import Ours, Theirs, prove_equal  # noqa: E402
 from dancegrpo_jax.config import load_file, override  # noqa: E402
 from tests.pipelines import write_pipeline  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def fast_compile():
-    """Tiny arrays: compiling is all the cost."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_one_iteration(tmp_path):
