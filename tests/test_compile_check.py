@@ -67,6 +67,12 @@ def test_flops_of_a_kernel():
     assert flops.count(jax.make_jaxpr(call)(jnp.zeros((32, 16)), jnp.zeros((16, 16)))) == 2 * 32 * 16 * 16
 
 
+def test_flops_of_what_nothing_uses():
+    product_and_sum = jax.jit(lambda x: (x @ x, x + 1))
+    assert flops.count(jax.make_jaxpr(lambda x: product_and_sum(x)[1])(jnp.zeros((4, 4)))) == 0
+    assert flops.count(jax.make_jaxpr(lambda x: product_and_sum(x)[0])(jnp.zeros((4, 4)))) == 2 * 4**3
+
+
 def preset(name, **overrides):
     return c.load([f"--config={ROOT}/configs/{name}.py", *(f"--config.{key.replace('__', '.')}={value}"
                                                         for key, value in overrides.items())])

@@ -6,16 +6,24 @@ two orders of magnitude.
 
 import math
 
+from jax.interpreters import partial_eval
+
 
 def count(jaxpr) -> float:
     """FLOPs (2 per multiply-add) of a jaxpr on global shapes, recomputation by `jax.checkpoint` included.
 
     `scan` counts its length, `cond` its most expensive branch, `while` one turn (its number of turns is not known),
     `shard_map` its body on every shard, a Pallas kernel its body at every grid point. Zeros that a convolution pads or
-    dilates with count as numbers. Elementwise work is left out: it is bound by memory, not by arithmetic.
+    dilates with count as numbers. Elementwise work is left out: it is bound by memory, not by arithmetic. So is what nothing
+    uses, such as the kernels that a recomputation repeats although their results are kept: compilers drop it.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    return float(sum(_equation(eqn) for eqn in jaxpr.eqns))
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return float(_sum(used))
+
+
+def _sum(jaxpr) -> float:
+    return sum(_equation(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
 def _equation(eqn) -> float:
@@ -26,7 +34,7 @@ def _equation(eqn) -> float:
     if name == "conv_general_dilated":
         kernel = eqn.invars[1].aval
         return 2 * eqn.outvars[0].aval.size * kernel.size // kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-    inner = [count(sub) for value in params.values() for sub in (value if isinstance(value, (tuple, list)) else (value,))
+    inner = [_sum(sub) for value in params.values() for sub in (value if isinstance(value, (tuple, list)) else (value,))
              if hasattr(sub, "eqns") or hasattr(sub, "jaxpr")]
     if name == "cond":
         return max(inner)
