@@ -13,7 +13,7 @@ from dancegrpo_jax.models.base import configured_policy, lora_settings
 from dancegrpo_jax.multihost import fetch
 from dancegrpo_jax.rollout import sample
 from dancegrpo_jax.sde import Schedule, deterministic
-from dancegrpo_jax.sharding import shard_batch
+from dancegrpo_jax.sharding import batch_devices, constrain_batch, shard_batch
 
 
 @partial(jax.jit, static_argnames=("policy",))
@@ -24,8 +24,14 @@ def decode(policy, frozen, latents):
 
 @partial(jax.jit, static_argnames=("policy",))
 def encode(policy, frozen, tokens):
-    """Token ids {encoder: [P, L]} to the conditioning pytree of [P, ...]."""
-    return policy.encode(frozen, tokens)
+    """Token ids {encoder: [P, L]} to the conditioning pytree of [P, ...].
+
+    A pod has often more devices than an iteration has prompts: rows are added until they divide, or each would encode all.
+    """
+    count = len(jax.tree.leaves(tokens)[0])
+    rows = -count % batch_devices()
+    padded = constrain_batch(jax.tree.map(lambda ids: jnp.pad(ids, ((0, rows), (0, 0))), tokens))
+    return jax.tree.map(lambda leaf: leaf[:count], policy.encode(frozen, padded))
 
 
 def encode_prompts(policy, frozen, mesh, prompts: list[str]):

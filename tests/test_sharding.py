@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from dancegrpo_jax import sharding
-from dancegrpo_jax.evaluate import decode, encode_prompts
+from dancegrpo_jax.evaluate import decode, encode, encode_prompts
 from dancegrpo_jax.models import attention as seam
 from dancegrpo_jax.models.flux import FluxTransformer2DModel, TokenLayout
 from dancegrpo_jax.models.layers import merge, split
@@ -83,6 +83,21 @@ def test_an_iteration_is_the_same_on_every_mesh(unsharded, mesh):
         for shard in leaf.addressable_shards:
             first = replicas.setdefault(str(shard.index), np.asarray(shard.data))
             np.testing.assert_array_equal(np.asarray(shard.data), first, err_msg=name)
+
+
+def test_prompts_that_do_not_divide_are_shared_out(unsharded):
+    """Three prompts on eight devices: the values of one device, and each device encodes one, not all three."""
+    folder, _ = unsharded
+    prompts, found, work = ["a red circle", "two blue squares", "one"], [], []
+    for mesh in (sharding.make_mesh(devices=jax.devices()[:1]), sharding.make_mesh()):
+        with jax.set_mesh(mesh):
+            policy, *_ = load_policy(folder, "flow")
+            frozen = policy.load_text(mesh)
+            found.append(encode_prompts(policy, frozen, mesh, prompts))
+            tokens = sharding.shard_batch(policy.tokenize(prompts), mesh)
+            work.append(encode.lower(policy, frozen, tokens).compile().cost_analysis()["flops"])
+    assert_same(found[1], found[0], 1e-5)
+    assert found[1]["hidden"].shape[0] == 3 and work[1] < 0.5 * work[0]
 
 
 @pytest.fixture(scope="module")

@@ -257,7 +257,7 @@ def _compile_phases(run: Run, only: Sequence[str]) -> None:
         if name:
             log.info("compiling %s for %s", name, run.topology.name)
             run.phases.append(phase)
-        if plain:  # without a mesh there are no kernels that pad and recompute
+        if plain:  # without a mesh nothing is padded, and no kernel recomputes
             phase.model_flops = flops.count(function.trace(*jax.tree.map(_unsharded, plain), **kwargs).jaxpr) / devices
         with jax.set_mesh(mesh), low_effort():
             try:
@@ -294,8 +294,8 @@ def _compile_phases(run: Run, only: Sequence[str]) -> None:
 
     # ---------------------------------------------------------------- the phases of an iteration
     rest = {key: value for key, value in frozen.items() if not embedded or key not in policy.texts}
-    cond = compiled("" if embedded else "encode", chunks, ("text encoders",), encode, policy, frozen, tokens(prompts),
-                    batch=prompts)
+    args = policy, frozen, tokens(prompts)
+    cond = compiled("" if embedded else "encode", chunks, ("text encoders",), encode, *args, batch=parts, plain=args)
     key = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), jax.eval_shape(lambda: jax.random.key(0)))
     schedule = policy.schedule(config.sampler.steps, config.sampler.shift)
     samples, network = prompts * group, ("trainable", "frozen denoiser", "negative")

@@ -11,6 +11,7 @@ from flax import nnx
 
 from dancegrpo_jax.models.attention import attention, split_heads
 from dancegrpo_jax.models.layers import Conv, Embedding, LayerNorm, Linear, Stack, gelu_erf
+from dancegrpo_jax.sharding import constrain_batch
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class VisionLayer(nnx.Module):
 
     def __call__(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
-        return (x + self.mlp(self.layer_norm2(x)),)
+        return (constrain_batch(x + self.mlp(self.layer_norm2(x))),)
 
 
 class VisionEncoder(nnx.Module):
@@ -144,7 +145,7 @@ class TextLayer(nnx.Module):
     def __call__(self, x, image, mask):
         x = self.attention(x, x, mask)
         x = self.crossattention(x, image)
-        return (self.output(gelu_erf(self.intermediate.dense(x)), x),)
+        return (constrain_batch(self.output(gelu_erf(self.intermediate.dense(x)), x)),)
 
 
 class TextEmbeddings(nnx.Module):

@@ -24,6 +24,7 @@ from dancegrpo_jax.models.layers import (
     Linear,
     Stack,
 )
+from dancegrpo_jax.sharding import constrain_batch
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -136,7 +137,7 @@ class EncoderLayer(nnx.Module):
 
     def __call__(self, x, mask=None):
         x = x + self.self_attn(self.layer_norm1(x), mask)
-        return (x + self.mlp(self.layer_norm2(x)),)
+        return (constrain_batch(x + self.mlp(self.layer_norm2(x))),)
 
 
 class Encoder(nnx.Module):

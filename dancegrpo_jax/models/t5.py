@@ -15,6 +15,7 @@ from flax import nnx
 from dancegrpo_jax.models.convert import TRANSFORMERS_METADATA
 from dancegrpo_jax.models.attention import attention, split_heads
 from dancegrpo_jax.models.layers import Embedding, Linear, RMSNorm, Stack, gelu_tanh
+from dancegrpo_jax.sharding import constrain_batch
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Block(nnx.Module):
     def __call__(self, x, bias):
         attend, feed = self.layer
         x = x + attend.SelfAttention(attend.layer_norm(x), bias)
-        return (x + feed.DenseReluDense(feed.layer_norm(x)),)
+        return (constrain_batch(x + feed.DenseReluDense(feed.layer_norm(x))),)
 
 
 class Encoder(nnx.Module):
