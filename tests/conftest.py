@@ -17,8 +17,10 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 @pytest.fixture(scope="module", autouse=True)
 def optimisation(request):
-    """Modules with `OPTIMISED = True` compile as users do: how values round is what they test."""
+    """Little, here and in child processes, since compiling takes most of the time; modules with `OPTIMISED = True` compile as
+    users do, where rounding or speed matters."""
     little = not getattr(request.module, "OPTIMISED", False)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(little))
     if little != jax.config.read("jax_disable_most_optimizations"):
         jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", little)

@@ -22,6 +22,7 @@ from dancegrpo_jax.models.base import configured_policy
 from dancegrpo_jax.models.convert import match_keys
 
 ROOT = Path(__file__).parents[1]
+OPTIMISED = True
 
 
 # ------------------------------------------------------------------------------------------ FLOPs

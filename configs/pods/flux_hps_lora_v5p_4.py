@@ -2,8 +2,7 @@
 
     python launch/train.py --config=configs/pods/flux_hps_lora_v5p_4.py --config.data.train=hpdv2_train.txt
 
-Predicted by launch/compile_check.py for v5p:2x2x1, not measured: 40 of 103 GB a chip, 203 s an iteration (MFU 49 %), 16.9 hours and 68 chip-hours
-for the 300 iterations (docs/compile_reports.md).
+Fits, by launch/compile_check.py --topology=v5p:2x2x1; docs/compile_reports.md has its predictions.
 """
 
 from configs import flux_hps_lora

@@ -2,8 +2,7 @@
 
     python launch/train.py --config=configs/pods/flux_hps_v5p_64.py --config.data.train=hpdv2_train.txt
 
-Predicted by launch/compile_check.py for v5p:4x4x4, not measured: 60 of 103 GB a chip, 20.6 s an iteration (MFU 51 %), 1.7 hours and 110 chip-hours
-for the 300 iterations (docs/compile_reports.md).
+Fits, by launch/compile_check.py --topology=v5p:4x4x4; docs/compile_reports.md has its predictions.
 """
 
 from configs import flux_hps

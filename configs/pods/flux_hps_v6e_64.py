@@ -2,8 +2,7 @@
 
     python launch/train.py --config=configs/pods/flux_hps_v6e_64.py --config.data.train=hpdv2_train.txt
 
-Predicted by launch/compile_check.py for v6e:8x8, not measured: 14 of 34 GB a chip, 26.1 s an iteration (MFU 20 %), 2.2 hours and 139 chip-hours
-for the 300 iterations (docs/compile_reports.md).
+Fits, by launch/compile_check.py --topology=v6e:8x8; docs/compile_reports.md has its predictions.
 """
 
 from configs import flux_hps
@@ -13,5 +12,6 @@ def get_config():
     config = flux_hps.get_config()
     config.mesh.data, config.mesh.fsdp = 1, 64
     config.data.chunks, config.grpo.microbatch = 1, 192
+    config.model.remat = "attention"
     config.eval.num_prompts = config.eval.batch = 64
     return config

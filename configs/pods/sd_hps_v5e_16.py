@@ -2,8 +2,7 @@
 
     python launch/train.py --config=configs/pods/sd_hps_v5e_16.py --config.data.train=hpdv2_train.txt
 
-Predicted by launch/compile_check.py for v5e:4x4, not measured: 9 of 17 GB a chip, 182 s an iteration (MFU 29 %), 15.2 hours and 243 chip-hours
-for the 300 iterations (docs/compile_reports.md).
+Fits, by launch/compile_check.py --topology=v5e:4x4; docs/compile_reports.md has its predictions.
 """
 
 from configs import sd_hps

@@ -8,6 +8,7 @@ from pathlib import Path
 from dancegrpo_jax.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
+OPTIMISED = True
 
 
 def test_colour_reward_goes_up(tmp_path):

@@ -43,7 +43,6 @@ def command(workspace: Path, run: str, *overrides: str, paradigm: str = "flow") 
 
 def environment(workspace: Path, devices: int = 1) -> dict:
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(devices),
-                         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling is what takes the time
                          "JAX_COMPILATION_CACHE_DIR": str(workspace / "cache"),
                          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
