@@ -36,12 +36,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--shift", type=float, default=0.0, help="of the flow schedule; default: the checkpoint's own")
     parser.add_argument("--size", help="HEIGHTxWIDTH or one number, pixels; default: 512 (Stable Diffusion), 1024 (FLUX)")
     parser.add_argument("--batch", type=int, default=4, help="images at a time (default: 4)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--decode_tile", type=int, default=0, help="side of the VAE's tiles; default: no tiles")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16")
+    parser.add_argument("--decode_tile", type=int, help="side of the VAE's tiles; default: no tiles")
     parser.add_argument("--grid", action="store_true", help="also write grid.png, a row for each prompt")
     args = parser.parse_args(argv[1:])
     if not args.prompt and not args.prompts:
         parser.error("no prompts: give --prompt or --prompts")
+    for name in ("size", "guidance_scale", "dtype", "decode_tile"):
+        if args.run and getattr(args, name) is not None:
+            parser.error(f"--{name}: only for --model; a run is sampled as its config says")
     for name in ("images_per_prompt", "batch"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
@@ -76,7 +79,7 @@ def sample(args: argparse.Namespace) -> Path:
             guidance = {"embedded_guidance" if name == "flux" else "guidance_scale": guidance}
             policy = make_policy(
                 name, folder, kernel=default["kernel"], eta=1.0, height=int(height), width=int(width or height),
-                dtype=args.dtype, remat="none", decode_tile=args.decode_tile, **guidance)
+                dtype=args.dtype or "bfloat16", remat="none", decode_tile=args.decode_tile or 0, **guidance)
             params, frozen = policy.load(mesh=mesh)
             steps, shift = args.steps or default["steps"], args.shift
 

@@ -128,6 +128,9 @@ def test_samples(trained, tmp_path, capsys):
     assert (tmp_path / "run" / "grid.png").exists()
     assert sample.main(["sample.py", f"--model={tmp_path}", "--prompt=x"]) == 2
     assert re.search(r"error: .*model_index\.json", capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        sample.main(["sample.py", f"--run={run}", "--prompt=x", "--size=24x40"])
+    assert "--size: only for --model" in capsys.readouterr().err
 
 
 def test_embeddings_of_another_encoder(tmp_path, capsys, monkeypatch):
