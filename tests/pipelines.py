@@ -1,9 +1,10 @@
 """Tiny random pipelines in the diffusers layout, written by our own converter."""
 
 import json
+import math
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dancegrpo_jax.models import clip, flux, unet, vae
@@ -27,6 +28,23 @@ SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_
              "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False, "prediction_type": "epsilon"}
 
 
+def random_params(model_class, config, seed: int = 0) -> dict:
+    """Random fp32 parameters {name: array}, distributed as the initialisers draw them.
+
+    They would compile a draw for every leaf, which takes up to a minute.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(name, shape):
+        if name.endswith("kernel"):
+            positions = math.prod(shape[:2]) if len(shape) == 4 else 1  # of a convolution; stacked layers have three axes
+            limit = math.sqrt(6 / positions / (shape[-2] + shape[-1]))
+            return rng.uniform(-limit, limit, shape)
+        return 0.02 * rng.standard_normal(shape) if name.endswith("embedding") else np.full(shape, float(name.endswith("scale")))
+    abstract = split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))[1]
+    return {name: draw(name, leaf.shape).astype(np.float32) for name, leaf in abstract.items()}
+
+
 def write_pipeline(folder, paradigm: str, seed: int = 0):
     """Writes a `flow` (FLUX) or `diffusion` (Stable Diffusion) pipeline with random fp32 weights; returns the folder."""
     write_tokenizer(folder / "tokenizer")
@@ -36,8 +54,7 @@ def write_pipeline(folder, paradigm: str, seed: int = 0):
     denoiser = ((flux.FluxTransformer2DModel, FLUX, "transformer") if paradigm == "flow"
                 else (unet.UNet2DConditionModel, UNET, "unet"))
     for model_class, config, part in ((vae.AutoencoderKL, VAE, "vae"), (clip.CLIPTextModel, text, "text_encoder"), denoiser):
-        params = jax.jit(lambda: split(model_class(config, rngs=nnx.Rngs(seed)))[1])()  # eagerly every leaf compiles
-        save_model(folder / part, model_class, config, params, dtype=jnp.float32)
+        save_model(folder / part, model_class, config, random_params(model_class, config, seed), dtype=jnp.float32)
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     return folder

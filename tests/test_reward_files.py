@@ -19,6 +19,8 @@ from dancegrpo_jax.models.torch_file import read_torch
 from dancegrpo_jax.rewards.base import RewardSet, build
 from dancegrpo_jax.rewards.clip import clean_text, preprocess
 from dancegrpo_jax.worlds.tokenizer import MAX_LENGTH, write_tokenizer
+from tests.pipelines import random_params
+from tests.test_sharding import MESHES
 
 torch = pytest.importorskip("torch")
 
@@ -34,7 +36,7 @@ def clip(tmp_path_factory):
     config = CLIPConfig(
         CLIPTextConfig(**TOWER, num_hidden_layers=2, vocab_size=vocabulary, max_position_embeddings=MAX_LENGTH, eos_token_id=2),
         CLIPVisionConfig(**TOWER, num_hidden_layers=3, image_size=16, patch_size=8), projection_dim=12)
-    params = jax.jit(lambda: split(CLIPModel(config, rngs=nnx.Rngs(0)))[1])()
+    params = random_params(CLIPModel, config)
     rng = np.random.default_rng(0)
     params = {name: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32) for name, leaf in params.items()}
     save_model(folder, CLIPModel, config, params, dtype=jnp.float32)
@@ -263,7 +265,8 @@ def test_scorers_of_one_architecture_share_a_compiled_function(clip):
     assert len(base._COMPILED) == before
 
 
-def test_sharded_scores(clip):
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
+def test_sharded_scores(clip, mesh):
     """Eight devices, weights over fsdp and tensor, images over the batch axes: the scores of one device."""
     from functools import partial
 
@@ -272,10 +275,11 @@ def test_sharded_scores(clip):
     config = {"clip_score": {"model": folder}}
     images, prompts = np.concatenate([IMAGES] * 4), PROMPTS * 4
     plain = RewardSet(config)(images, prompts)["clip_score"][0]
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = sharding.make_mesh(**mesh)
     with jax.set_mesh(mesh):
         rewards = RewardSet(config, place=partial(sharding.place_params, mesh=mesh))
         sharded = rewards(sharding.shard_batch(images, mesh), prompts)["clip_score"][0]
+    assert len(images) % 8 == 0
     np.testing.assert_allclose(plain, sharded, atol=1e-6)
 
 

@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from dancegrpo_jax.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from dancegrpo_jax.models.convert import save_model
-from dancegrpo_jax.models.layers import split
 from dancegrpo_jax.rewards import DeviceReward, HostReward, RewardSet, base, build, register
 from dancegrpo_jax.rewards.base import BusyClock
 from dancegrpo_jax.rewards.clip import preprocess
 from dancegrpo_jax.worlds import shapes
 from dancegrpo_jax.worlds.tokenizer import MAX_LENGTH, write_tokenizer
+from tests.pipelines import random_params
 
 P, G = 3, 4
 PROMPTS = ["a", "bb", "ccc"]
@@ -409,8 +408,7 @@ def clip_folder(tmp_path_factory):
         CLIPTextConfig(**tower, num_hidden_layers=1, vocab_size=vocabulary, max_position_embeddings=MAX_LENGTH,
                        eos_token_id=vocabulary - 1),
         CLIPVisionConfig(**tower, num_hidden_layers=1, image_size=16, patch_size=8), projection_dim=8)
-    params = jax.jit(lambda: split(CLIPModel(config, rngs=nnx.Rngs(0)))[1])()
-    save_model(folder, CLIPModel, config, params, dtype=jnp.float32)
+    save_model(folder, CLIPModel, config, random_params(CLIPModel, config), dtype=jnp.float32)
     return folder
 
 

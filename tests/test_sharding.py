@@ -18,7 +18,7 @@ from dancegrpo_jax.models.layers import merge, split
 from dancegrpo_jax.models.unet import UNet2DConditionModel
 from dancegrpo_jax.rollout import rollout
 from dancegrpo_jax.update import Objective, init_state, make_examples, update
-from tests.pipelines import UNET, load_policy, write_pipeline
+from tests.pipelines import UNET, load_policy, random_params, write_pipeline
 
 MESHES = {"data 8": {}, "fsdp 8": dict(data=1, fsdp=8), "data 2, fsdp 4": dict(data=2, fsdp=4),
           "fsdp 4, tensor 2": dict(data=1, fsdp=4, tensor=2), "fsdp 2, seq 4": dict(data=1, fsdp=2, seq=4)}
@@ -103,7 +103,7 @@ def test_prompts_that_do_not_divide_are_shared_out(unsharded):
 @pytest.fixture(scope="module")
 def unet():
     graphdef = split(nnx.eval_shape(lambda: UNet2DConditionModel(UNET, rngs=nnx.Rngs(0))))[0]
-    params = jax.jit(lambda: split(UNet2DConditionModel(UNET, rngs=nnx.Rngs(0)))[1])()
+    params = random_params(UNet2DConditionModel, UNET)
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
     inputs = draw(BATCH, 6, 10, 4), np.linspace(1, 999, BATCH, dtype=np.float32), draw(BATCH, TEXT, 32), draw(BATCH, 6, 10, 4)
@@ -158,9 +158,9 @@ def flux_gradients(graphdef, params, inputs, cotangent):
 
 @pytest.fixture(scope="module")
 def flux():
-    graphdef, params = split(FluxTransformer2DModel(CONFIG, rngs=nnx.Rngs(0)))
-    keys = jax.random.split(jax.random.key(1), len(params))
-    params = {name: leaf + 0.05 * jax.random.normal(key, leaf.shape) for key, (name, leaf) in zip(keys, params.items())}
+    graphdef, rng = split(nnx.eval_shape(lambda: FluxTransformer2DModel(CONFIG, rngs=nnx.Rngs(0))))[0], np.random.default_rng(1)
+    params = {name: leaf + 0.05 * rng.standard_normal(leaf.shape, dtype=np.float32)
+              for name, leaf in random_params(FluxTransformer2DModel, CONFIG).items()}
     return graphdef, params, *flux_gradients(graphdef, params, *flux_inputs())
 
 

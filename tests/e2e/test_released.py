@@ -187,36 +187,3 @@ def test_records_are_lossless_and_drop_constant_tails(tmp_path):
     np.testing.assert_array_equal(found(["xxx", ""])["pooled"].astype(int), [[3, 1], [0, 1]])
     with pytest.raises(ValueError, match="other prompts"):
         next(embeddings.write(tmp_path / "set", prompts[1:-1], encode, {"encoders": "a"}))
-
-
-def test_training_with_a_remote_reward(tmp_path, capsys):
-    """A reward behind HTTP, whose server falls silent for two iterations: the run goes on and counts the loss."""
-    import threading
-
-    from launch.serve_reward import make_server
-    from tests.pipelines import write_pipeline
-
-    write_pipeline(tmp_path / "flow", "flow")
-    server = make_server({"color": {}})
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    scored, respond = [], server.RequestHandlerClass.do_POST
-
-    def sometimes(handler):
-        scored.append(1)
-        if 4 < len(scored) <= 12:  # one request a prompt, four prompts an iteration
-            handler.connection.close()
-        else:
-            respond(handler)
-
-    server.RequestHandlerClass.do_POST = sometimes
-    remote = {"far": {"reward": "remote", "url": f"http://127.0.0.1:{server.server_port}", "retries": 0, "patience": 99}}
-    small = flags("shapes_flow", tmp_path / "run", tmp_path / "flow", rewards=json.dumps(remote), steps=4, model__lora__rank=0,
-                  sampler__window=2, model__height=32, model__width=32, eval__rewards='{"color": {}}')
-    try:
-        assert train.main(["train.py", *small]) == 0
-    finally:
-        server.shutdown()
-        server.server_close()
-    valid = [record["train/reward/far/valid_ratio"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")
-             if "train/loss" in record]
-    assert valid == [1, 0, 0, 1]
