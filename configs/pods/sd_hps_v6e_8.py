@@ -10,5 +10,5 @@ from configs import sd_hps
 
 def get_config():
     config = sd_hps.get_config()
-    config.mesh.data, config.mesh.fsdp = 8, 1
+    config.mesh.data, config.mesh.fsdp = 1, 8
     return config
