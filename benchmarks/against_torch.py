@@ -233,8 +233,8 @@ def compare(args: argparse.Namespace, overrides: list[str]) -> None:
     ours = Ours(config)
     theirs = {f"PyTorch, {size} at a time": (Theirs(ours), int(size)) for size in args.batches.split(",")}
     samples = len(ours.prompts) * config.data.group_size
-    print(f"{samples} samples of {config.sampler.steps} steps, {config.grpo.microbatch} pairs in a micro-batch, cores {args.cores}, "
-          f"jax {jax.__version__}, torch {torch.__version__}", flush=True)
+    print(f"{samples} samples of {config.sampler.steps} steps, {config.grpo.microbatch} pairs in a micro-batch, "
+          f"cores {args.cores}, jax {jax.__version__}, torch {torch.__version__}", flush=True)
     for name, (loop, size) in theirs.items():
         errors = prove_equal(ours, loop, size)
         print(f"same iteration ({name}): " + ", ".join(f"{key} {value:.1e}" for key, value in errors.items()), flush=True)

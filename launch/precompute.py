@@ -31,6 +31,8 @@ def precompute(argv: list[str], out: str, batch: int) -> Path:
 
     config = load(argv)
     validate(config, jax.device_count())
+    if not out:
+        raise ConfigError("--out=FOLDER is missing")
     if batch < 1:
         raise ConfigError(f"--batch={batch}: must be at least 1 prompt")
     prompts = read_prompts(config.data.train) + read_prompts(config.data.heldout)

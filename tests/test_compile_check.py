@@ -342,7 +342,7 @@ def test_unknown_topologies():
     ("flux_hps", "v5p:4x4x4", "update", []), ("flux_hps", "v6e:8x8", "rollout", []),
     ("sd_hps", "v5e:4x4", "encode,decode", ["--config.mesh.data=1", "--config.mesh.fsdp=-1"])])
 def test_compiles_and_fits(name, topology, phases, options, tmp_path):
-    """The phases that ask most of each; all phases, which take minutes, are in docs/compile_reports.md.
+    """Some phases of each, as many as CI has time for; all are in docs/compile_reports.md.
 
     An all-reduce of gigabytes in the transformer would mean that the partitioner splits something else than the batch.
     """

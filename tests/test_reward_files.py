@@ -265,7 +265,7 @@ def test_scorers_of_one_architecture_share_a_compiled_function(clip):
     assert len(base._COMPILED) == before
 
 
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
+@pytest.mark.parametrize("mesh", [*MESHES.values(), dict(data=2, fsdp=2, tensor=2)], ids=[*MESHES, "data 2, fsdp 2, tensor 2"])
 def test_sharded_scores(clip, mesh):
     """Eight devices, weights over fsdp and tensor, images over the batch axes: the scores of one device."""
     from functools import partial
