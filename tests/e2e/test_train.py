@@ -1,4 +1,4 @@
-"""launch/train.py as a user runs it: on tiny random pipelines, killed, stopped, resumed."""
+"""launch/train.py as a user runs it: on tiny random pipelines, killed, stopped, resumed, on one device and on eight."""
 
 import json
 import os
@@ -141,6 +141,20 @@ def test_corrupt_newest_checkpoint_is_skipped(workspace, uninterrupted):
     assert result.returncode == 0, result.stderr
     assert f"checkpoints/{STEPS} is skipped" in result.stderr
     assert training_metrics(run) == training_metrics(uninterrupted)
+
+
+def test_eight_devices_train_like_one(workspace, paradigm="diffusion"):  # FLUX: tests/test_sharding.py, on every mesh
+    runs = []
+    for devices, mesh in ((1, ()), (8, ("--config.mesh.data=2", "--config.mesh.fsdp=4"))):
+        run = f"{paradigm}_{devices}"
+        result = launch(workspace, run, "--config.steps=2", "--config.eval.every=0", '--config.rewards={"color": {}}', *mesh,
+                        devices=devices, paradigm=paradigm)  # colour is continuous: JPEG sizes jump with one rounded pixel
+        assert result.returncode == 0, result.stderr
+        runs.append([record for record in training_metrics(workspace / run) if "train/loss" in record])
+    for one, eight in zip(*runs, strict=True):
+        for key, value in one.items():
+            if key.startswith(("train/reward", "train/advantage", "train/loss", "train/grad_norm", "train/ratio")):
+                assert eight[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
 
 
 def test_command_line_errors_are_one_line(workspace):
