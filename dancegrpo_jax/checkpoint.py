@@ -31,6 +31,9 @@ BLOCK = 1 << 24
 
 # Orbax logs the same failure several times, a hundred lines of traceback each; here it is raised as one line.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+# Replicas share the writing of an array, each a slice that is compiled for every shape and device: only where it pays.
+ocp.type_handlers.register_type_handler(jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=BLOCK),
+                                        override=True)
 
 
 class Checkpointer:

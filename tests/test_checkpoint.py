@@ -97,6 +97,17 @@ def test_keep_donated_buffers_and_saving_after_restore(folder):
     jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
+def test_saving_compiles_nothing(tmp_path, caplog):
+    """Replicas that share the writing of small arrays would compile a slice for every shape and device."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    state = {str(n): jax.device_put(np.ones((8, n), np.float32), jax.NamedSharding(mesh, jax.P())) for n in range(1, 4)}
+    writer = ck.Checkpointer(tmp_path)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        writer.save(1, state)
+        writer.wait()
+    assert not [record.getMessage() for record in caplog.records if "XLA compilation" in record.getMessage()]
+
+
 def test_same_step_twice_is_refused(folder):
     with pytest.raises(ck.CheckpointError, match="20 was not saved"), ck.Checkpointer(folder) as checkpoints:
         checkpoints.save(20, make_state(1))
