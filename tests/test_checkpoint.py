@@ -248,8 +248,7 @@ def test_killed_while_saving_on_four_devices_then_restored_on_one(tmp_path):
     folder = tmp_path / "checkpoints"
     code = KILLED.format(tests=str(Path(__file__).parent), root=str(ROOT), folder=str(folder))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "JAX_PLATFORMS": "cpu",
-                               "XLA_FLAGS": "--xla_force_host_platform_device_count=4"})
+                          env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"})
     assert done.returncode == 9, done.stderr
     (step, state, meta), messages = restore(folder)
     assert (step, meta) == (1, {"seed": 3})

@@ -79,7 +79,6 @@ def test_cells_run_top_to_bottom(parameters, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for my_rewards, which lies here and not in the repository
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # the runs are short, compiling is not
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     namespace = parameters | {"STEPS": 2, "OWN_STEPS": 1, "INSTALL": False,
                               "OVERRIDES": tuple(f"--config.{key}={value}" for key, value in TINY.items())}

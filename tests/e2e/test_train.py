@@ -42,7 +42,7 @@ def command(workspace: Path, run: str, *overrides: str, paradigm: str = "flow") 
 
 
 def environment(workspace: Path, devices: int = 1) -> dict:
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(devices),
+    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices),
                          "JAX_COMPILATION_CACHE_DIR": str(workspace / "cache"),
                          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
