@@ -8,21 +8,23 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from tests.e2e.test_train import ROOT, command, environment, launch, training_metrics
 from tests.pipelines import write_pipeline
 
-# A small learning rate: Adam makes whole steps of gradients that are rounding, and sums over devices round by their order.
+# Sums over devices round by their order. Adam would make whole steps of gradients that are nothing but rounding, hence the eps.
 MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=-1", "--config.eval.every=0", "--config.steps=4", "--config.model.remat=none",
-        "--config.optim.learning_rate=1e-4",
+        "--config.optim.eps=1e-3",
         '--config.rewards={"color": {}, "bright": {"reward": "tests.e2e.test_multihost:brightness"}}')
 
 
 def brightness(images, prompts):
     """A host reward that needs the whole group of a prompt."""
     assert len(images) == 4 and len(set(prompts)) == 1
-    return images.mean((1, 2, 3)) / images.mean()
+    corner = images[:, :8, :8].astype(np.float64)  # corners differ more within a group than whole pictures
+    return corner.mean((1, 2, 3)) / corner.mean()
 
 
 @pytest.fixture(scope="module")

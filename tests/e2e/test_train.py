@@ -143,18 +143,19 @@ def test_corrupt_newest_checkpoint_is_skipped(workspace, uninterrupted):
     assert training_metrics(run) == training_metrics(uninterrupted)
 
 
-def test_eight_devices_train_like_one(workspace, paradigm="diffusion"):  # FLUX: tests/test_sharding.py, on every mesh
+def test_eight_devices_train_like_one(workspace):  # FLUX: tests/test_sharding.py, on every mesh
     runs = []
     for devices, mesh in ((1, ()), (8, ("--config.mesh.data=2", "--config.mesh.fsdp=4"))):
-        run = f"{paradigm}_{devices}"
-        result = launch(workspace, run, "--config.steps=2", "--config.eval.every=0", '--config.rewards={"color": {}}', *mesh,
-                        devices=devices, paradigm=paradigm)  # colour is continuous: JPEG sizes jump with one rounded pixel
+        run = f"diffusion_{devices}"
+        result = launch(workspace, run, "--config.steps=2", "--config.eval.every=0", "--config.optim.eps=1e-3", *mesh,
+                        '--config.rewards={"color": {}}',  # continuous: JPEG sizes jump with one rounded pixel
+                        devices=devices, paradigm="diffusion")
         assert result.returncode == 0, result.stderr
         runs.append([record for record in training_metrics(workspace / run) if "train/loss" in record])
     for one, eight in zip(*runs, strict=True):
         for key, value in one.items():
             if key.startswith(("train/reward", "train/advantage", "train/loss", "train/grad_norm", "train/ratio")):
-                assert eight[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+                assert eight[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
 
 
 def test_command_line_errors_are_one_line(workspace):
