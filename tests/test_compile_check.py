@@ -339,12 +339,13 @@ def test_unknown_topologies():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (tests/requirements.txt)")
 @pytest.mark.parametrize("name, topology, phases, options", [
-    ("flux_hps", "v5p:4x4x4", "update", []), ("flux_hps", "v6e:8x8", "rollout", []),
+    ("flux_hps", "v5p:4x4x4", "rollout,update", []), ("flux_hps", "v6e:8x8", "rollout,update", []),
     ("sd_hps", "v5e:4x4", "encode,decode", ["--config.mesh.data=1", "--config.mesh.fsdp=-1"])])
 def test_compiles_and_fits(name, topology, phases, options, tmp_path):
     """Some phases of each, as many as CI has time for; all are in docs/compile_reports.md.
 
-    An all-reduce of gigabytes in the transformer would mean that the partitioner splits something else than the batch.
+    An all-reduce of gigabytes in the transformer would mean that the partitioner splits something else than the batch; only
+    the gradients' sum on v6e is one.
     """
     out = tmp_path / "report.json"
     result = subprocess.run(
@@ -357,6 +358,7 @@ def test_compiles_and_fits(name, topology, phases, options, tmp_path):
     for phase in summary["phases"] if name == "flux_hps" else ():
         reduced = sum(entry["bytes"] for kind, entry in phase["collectives"].items() if kind.startswith("all-reduce"))
         gathered = sum(entry["bytes"] for kind, entry in phase["collectives"].items() if kind.startswith("all-gather"))
-        assert reduced < 0.1 * gathered and 0.9 < phase["flops"] / phase["model_flops"] < 1.5
-    if phases == "update":
+        assert reduced < 0.1 * gathered or (topology, phase["name"]) == ("v6e:8x8", "update")
+        assert 0.9 < phase["flops"] / phase["model_flops"] < 1.5
+    if "update" in phases:
         assert summary["donated"] > 0.99
