@@ -24,7 +24,7 @@ class Ours:
         import numpy as np
 
         from dancegrpo_jax import data
-        from dancegrpo_jax.models.base import configured_policy, lora_settings
+        from dancegrpo_jax.pipelines.base import configured_policy, lora_settings
         from dancegrpo_jax.rewards.base import RewardSet
         from dancegrpo_jax.sde import window
         from dancegrpo_jax.update import Objective, make_optimizer
@@ -90,7 +90,7 @@ class Theirs:
         import torch
 
         from benchmarks.torch_grpo import TorchGRPO
-        from dancegrpo_jax.models.base import lora_settings
+        from dancegrpo_jax.pipelines.base import lora_settings
 
         self.ours, config = ours, ours.config
         optim, sampler = config.optim, config.sampler
@@ -137,7 +137,7 @@ class Theirs:
 
 def torch_tensors(params) -> dict:
     """Our trained parameters, or their gradients, under the torch module's names and in its layout."""
-    from dancegrpo_jax.models.convert import to_torch
+    from dancegrpo_jax.models.files.convert import to_torch
 
     names = {"lora_a": "lora_A.default.weight", "lora_b": "lora_B.default.weight"}
     tensors = {}

@@ -29,7 +29,8 @@ def write(folder: Path, config: dict) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from dancegrpo_jax.models import convert, flux
+    from dancegrpo_jax.models.denoisers import flux
+    from dancegrpo_jax.models.files import convert
     from dancegrpo_jax.models.layers import split
 
     (folder / "config.json").write_text(json.dumps(config))
@@ -67,7 +68,8 @@ def main() -> None:
     import jax.numpy as jnp
 
     from dancegrpo_jax import sharding
-    from dancegrpo_jax.models import convert, flux
+    from dancegrpo_jax.models.denoisers import flux
+    from dancegrpo_jax.models.files import convert
     from dancegrpo_jax.models.layers import split
 
     config = {"guidance_embeds": True, "num_layers": round(19 * args.depth), "num_single_layers": round(38 * args.depth)}

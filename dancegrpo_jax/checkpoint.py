@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dancegrpo_jax.models.convert import CheckpointError
+from dancegrpo_jax.models.files.convert import CheckpointError
 from dancegrpo_jax.multihost import on_primary
 
 __all__ = ["CheckpointError", "Checkpointer", "PreemptionGuard"]

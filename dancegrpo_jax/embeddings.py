@@ -19,7 +19,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from safetensors.numpy import load, save
 
-from dancegrpo_jax.models.convert import CheckpointError, read_json
+from dancegrpo_jax.models.files.convert import CheckpointError, read_json
 
 FORMAT = 1
 SHARD = 512  # prompts

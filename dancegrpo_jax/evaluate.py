@@ -9,7 +9,7 @@ import numpy as np
 
 from dancegrpo_jax.checkpoint import Checkpointer
 from dancegrpo_jax.config import run_config
-from dancegrpo_jax.models.base import configured_policy, lora_settings
+from dancegrpo_jax.pipelines.base import configured_policy, lora_settings
 from dancegrpo_jax.multihost import fetch
 from dancegrpo_jax.rollout import sample
 from dancegrpo_jax.sde import Schedule, deterministic

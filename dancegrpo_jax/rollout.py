@@ -38,7 +38,7 @@ def rollout(policy, trainable, frozen, cond, key, schedule: Schedule, *, group_s
     """Samples `group_size` trajectories for each of P prompts; B = P * group_size, a prompt's samples adjacent.
 
     Args:
-      policy: the base model (`models/base.py`).
+      policy: the base model (`pipelines/base.py`).
       trainable, frozen: its parameters.
       cond: pytree of [P, ...] conditioning, one entry per prompt.
       key: PRNG key; all noise derives from it, so the same key gives the same noise on any mesh.

@@ -16,7 +16,7 @@ from dancegrpo_jax.config import trained_steps, validate
 from dancegrpo_jax.embeddings import EmbeddingSet, fingerprint
 from dancegrpo_jax.evaluate import decode, encode_prompts, evaluate, generate, score_images, to_uint8
 from dancegrpo_jax.metrics import MetricWriter, Progress, StepTimer, image_grid, start_run_dir
-from dancegrpo_jax.models.base import configured_policy, lora_settings
+from dancegrpo_jax.pipelines.base import configured_policy, lora_settings
 from dancegrpo_jax.report import write_report
 from dancegrpo_jax.rewards.base import RewardSet
 from dancegrpo_jax.rollout import Trajectory, rollout

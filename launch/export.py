@@ -22,8 +22,8 @@ def export(run_dir, out, dtype: str | None = None, max_shard_size: str = "5GB") 
     Raises: ConfigError or CheckpointError if there is nothing to export, FileExistsError if `out` is not empty.
     """
     from dancegrpo_jax.evaluate import load_run
-    from dancegrpo_jax.models.convert import WEIGHT_FILES, Folder, save_params
-    from dancegrpo_jax.models.lora import save_adapters
+    from dancegrpo_jax.models.files.convert import WEIGHT_FILES, Folder, save_params
+    from dancegrpo_jax.models.files.lora import save_adapters
 
     out = Path(out)
     if out.exists() and any(out.iterdir()):

@@ -27,7 +27,7 @@ def precompute(argv: list[str], out: str, batch: int) -> Path:
     from dancegrpo_jax.config import ConfigError, load, validate
     from dancegrpo_jax.data import read_prompts
     from dancegrpo_jax.evaluate import encode_prompts
-    from dancegrpo_jax.models.base import configured_policy
+    from dancegrpo_jax.pipelines.base import configured_policy
 
     config = load(argv)
     validate(config, jax.device_count())

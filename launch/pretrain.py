@@ -27,8 +27,10 @@ import optax
 from flax import nnx
 from transformers import CLIPTokenizer
 
-from dancegrpo_jax.models import clip, flux, unet, vae
-from dancegrpo_jax.models.convert import load_model, save_model
+from dancegrpo_jax.models.codecs import autoencoder_kl as vae
+from dancegrpo_jax.models.denoisers import flux, unet
+from dancegrpo_jax.models.encoders import clip
+from dancegrpo_jax.models.files.convert import load_model, save_model
 from dancegrpo_jax.models.layers import merge, split
 from dancegrpo_jax.sde import ddim_schedule
 from dancegrpo_jax.worlds import shapes, verifier

@@ -62,7 +62,7 @@ def sample(args: argparse.Namespace) -> Path:
     from dancegrpo_jax.data import read_prompts
     from dancegrpo_jax.evaluate import encode_prompts, generate, load_run
     from dancegrpo_jax.metrics import image_grid
-    from dancegrpo_jax.models.base import find_folder, make_policy, pipeline_policy
+    from dancegrpo_jax.pipelines.base import find_folder, make_policy, pipeline_policy
 
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     mesh = sharding.make_mesh()

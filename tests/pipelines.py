@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dancegrpo_jax.models import clip, flux, unet, vae
-from dancegrpo_jax.models.base import make_policy
-from dancegrpo_jax.models.convert import save_model
+from dancegrpo_jax.models.codecs import autoencoder_kl as vae
+from dancegrpo_jax.models.denoisers import flux, unet
+from dancegrpo_jax.models.encoders import clip
+from dancegrpo_jax.pipelines.base import make_policy
+from dancegrpo_jax.models.files.convert import save_model
 from dancegrpo_jax.models.layers import split
 from dancegrpo_jax.worlds.tokenizer import MAX_LENGTH, write_tokenizer
 

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dancegrpo_jax.models import convert
-from dancegrpo_jax.models.convert import CheckpointError, load_model, parse_config, save_model, to_torch
+from dancegrpo_jax.models.files import convert
+from dancegrpo_jax.models.files.convert import CheckpointError, load_model, parse_config, save_model, to_torch
 from dancegrpo_jax.models.layers import Conv, Embedding, LayerNorm, Linear, Stack, split
 
 FILE = "diffusion_pytorch_model.safetensors"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dancegrpo_jax.models.flux import FluxTransformer2DModel
+from dancegrpo_jax.models.denoisers.flux import FluxTransformer2DModel
 from dancegrpo_jax.models.layers import LoRAParam, merge, split
-from dancegrpo_jax.models.lora import add_lora, init_adapters, linear_paths
+from dancegrpo_jax.models.files.lora import add_lora, init_adapters, linear_paths
 
 TARGETS = (r".*attn\.to_(q|k|v|out\.0)", r"x_embedder")
 CONFIG = FluxTransformer2DModel.Config(

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dancegrpo_jax.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-from dancegrpo_jax.models.convert import CheckpointError, match_keys, save_model, to_torch
+from dancegrpo_jax.models.encoders.clip import IMAGE_MEAN, IMAGE_STD, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from dancegrpo_jax.models.files.convert import CheckpointError, match_keys, save_model, to_torch
 from dancegrpo_jax.models.layers import split
-from dancegrpo_jax.models.open_clip import ARCHITECTURES, to_transformers
-from dancegrpo_jax.models.torch_file import read_torch
+from dancegrpo_jax.models.encoders.open_clip import ARCHITECTURES, to_transformers
+from dancegrpo_jax.models.files.torch_file import read_torch
 from dancegrpo_jax.rewards.base import RewardSet, build
 from dancegrpo_jax.rewards.clip import clean_text, preprocess
 from dancegrpo_jax.worlds.tokenizer import MAX_LENGTH, write_tokenizer
@@ -153,7 +153,7 @@ def test_damaged_files(tmp_path, damage, message):
 
 def test_numbers_that_reach_outside_are_refused(tmp_path):
     """A record may not be addressed outside its own bytes, however the sizes are forged."""
-    from dancegrpo_jax.models.torch_file import _Storage
+    from dancegrpo_jax.models.files.torch_file import _Storage
     (tmp_path / "f").write_bytes(bytes(64))
     storage = _Storage(tmp_path / "f", np.float32, 16, 32)
     assert storage.tensor(2, (3, 2), (2, 1)).shape == (3, 2)
@@ -393,10 +393,10 @@ def test_special_tokens_in_a_prompt_are_plain_text(clip):
 
 def test_pickle_is_not_reachable_otherwise():
     """The unpickler's own list holds nothing that could call anything."""
-    from dancegrpo_jax.models.torch_file import _Unpickler
+    from dancegrpo_jax.models.files.torch_file import _Unpickler
     for (module, name), target in _Unpickler.KNOWN.items():
         assert module in ("collections", "torch._utils", "torch") and "load" not in name
-        assert target is OrderedDict or target.__module__ == "dancegrpo_jax.models.torch_file" or not callable(target), name
+        assert target is OrderedDict or target.__module__ == "dancegrpo_jax.models.files.torch_file" or not callable(target), name
 
 
 # ------------------------------------------------------------------------------------------------- launch/score.py

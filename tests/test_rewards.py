@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dancegrpo_jax.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-from dancegrpo_jax.models.convert import save_model
+from dancegrpo_jax.models.encoders.clip import IMAGE_MEAN, IMAGE_STD, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from dancegrpo_jax.models.files.convert import save_model
 from dancegrpo_jax.rewards import DeviceReward, HostReward, RewardSet, base, build, register
 from dancegrpo_jax.rewards.base import BusyClock
 from dancegrpo_jax.rewards.clip import preprocess

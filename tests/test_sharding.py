@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 from dancegrpo_jax import sharding
 from dancegrpo_jax.evaluate import decode, encode, encode_prompts
 from dancegrpo_jax.models import attention as seam
-from dancegrpo_jax.models.flux import FluxTransformer2DModel, TokenLayout
+from dancegrpo_jax.models.denoisers.flux import FluxTransformer2DModel, TokenLayout
 from dancegrpo_jax.models.layers import merge, split
-from dancegrpo_jax.models.unet import UNet2DConditionModel
+from dancegrpo_jax.models.denoisers.unet import UNet2DConditionModel
 from dancegrpo_jax.rollout import rollout
 from dancegrpo_jax.update import Objective, init_state, make_examples, update
 from tests.pipelines import UNET, load_policy, random_params, write_pipeline

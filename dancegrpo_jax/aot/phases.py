@@ -28,10 +28,10 @@ from dancegrpo_jax.aot.adapt import microbatches
 from dancegrpo_jax.aot.topology import Topology, get_topology
 from dancegrpo_jax.config import ConfigError, trained_steps, validate
 from dancegrpo_jax.evaluate import decode, encode
-from dancegrpo_jax.models.base import configured_policy, lora_settings
-from dancegrpo_jax.models.clip import CLIPModel
-from dancegrpo_jax.models.convert import abstract_model
-from dancegrpo_jax.models.open_clip import ARCHITECTURES
+from dancegrpo_jax.pipelines.base import configured_policy, lora_settings
+from dancegrpo_jax.models.encoders.clip import CLIPModel
+from dancegrpo_jax.models.files.convert import abstract_model
+from dancegrpo_jax.models.encoders.open_clip import ARCHITECTURES
 from dancegrpo_jax.rewards import base as rewards
 from dancegrpo_jax.rewards.base import DeviceReward
 from dancegrpo_jax.rewards.clip import ClipScore

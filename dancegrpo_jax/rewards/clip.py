@@ -24,12 +24,12 @@ from flax import nnx
 from safetensors import safe_open
 
 from dancegrpo_jax.data import PACKAGE
-from dancegrpo_jax.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPModel, cosine
-from dancegrpo_jax.models.convert import CheckpointError, Folder, abstract_model, from_torch, stored_in
-from dancegrpo_jax.models.hub import find_in_hub
+from dancegrpo_jax.models.encoders.clip import IMAGE_MEAN, IMAGE_STD, CLIPModel, cosine
+from dancegrpo_jax.models.files.convert import CheckpointError, Folder, abstract_model, from_torch, stored_in
+from dancegrpo_jax.models.files.hub import find_in_hub
 from dancegrpo_jax.models.layers import merge, split
-from dancegrpo_jax.models.open_clip import ARCHITECTURES, is_open_clip, to_transformers
-from dancegrpo_jax.models.torch_file import read_torch
+from dancegrpo_jax.models.encoders.open_clip import ARCHITECTURES, is_open_clip, to_transformers
+from dancegrpo_jax.models.files.torch_file import read_torch
 from dancegrpo_jax.rewards.base import DeviceReward, register
 
 RESIZE = ("crop", "pad", "squash")

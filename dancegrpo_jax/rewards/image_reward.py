@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dancegrpo_jax.models.blip import Blip, BlipConfig
-from dancegrpo_jax.models.convert import from_torch, stored_in
+from dancegrpo_jax.models.encoders.blip import Blip, BlipConfig
+from dancegrpo_jax.models.files.convert import from_torch, stored_in
 from dancegrpo_jax.models.layers import merge, split
-from dancegrpo_jax.models.torch_file import read_torch
+from dancegrpo_jax.models.files.torch_file import read_torch
 from dancegrpo_jax.rewards.base import DeviceReward, register
 from dancegrpo_jax.rewards.clip import find, fold_head, preprocess, split_head
 

@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 from dancegrpo_jax import trainer  # noqa: E402
 from dancegrpo_jax.evaluate import load_run  # noqa: E402
 from dancegrpo_jax.metrics import read_metrics  # noqa: E402
-from dancegrpo_jax.models.base import make_policy  # noqa: E402
+from dancegrpo_jax.pipelines.base import make_policy  # noqa: E402
 from launch import export, precompute, sample, train  # noqa: E402
 from tests.released import respell, write_flux, write_sd  # noqa: E402
 
@@ -95,7 +95,7 @@ def test_exports(trained, tmp_path):
     _, policy, params, _, step = load_run(run, text=False)
     assert step == 3
     if config == "sd_hps":
-        from dancegrpo_jax.models.convert import to_torch
+        from dancegrpo_jax.models.files.convert import to_torch
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None)
         state, base = pipeline.unet.state_dict(), load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
         assert all(torch.equal(torch.from_numpy(value), state[key]) for key, value in to_torch(params).items())
@@ -146,7 +146,7 @@ def test_embeddings_of_another_encoder(tmp_path, capsys, monkeypatch):
     assert precompute.main(["precompute.py", *flags("flux_hps", "x", tmp_path / "flux", **common), f"--out={out}"]) == 0
     error = capsys.readouterr().err
     assert "1 of 8 prompts are too long" in error or "2 of 8 prompts are too long" in error
-    monkeypatch.setattr("dancegrpo_jax.models.base.Policy.load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr("dancegrpo_jax.pipelines.base.Policy.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     (tmp_path / "other.txt").write_text("a red circle\na yellow star\na\nb\n")
     assert run(data__train=tmp_path / "other.txt") == 2
     assert "3 of 4 prompts are not in the embedding set, first 'a yellow star'" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from dancegrpo_jax.models import convert
+from dancegrpo_jax.models.files import convert
 from dancegrpo_jax.models.layers import GroupNorm, LayerNorm, split
 
 

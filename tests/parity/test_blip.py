@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dancegrpo_jax.models.blip import Blip, BlipConfig
-from dancegrpo_jax.models.convert import CheckpointError, from_torch, to_torch
+from dancegrpo_jax.models.encoders.blip import Blip, BlipConfig
+from dancegrpo_jax.models.files.convert import CheckpointError, from_torch, to_torch
 from dancegrpo_jax.models.layers import merge, split
 from dancegrpo_jax.rewards.base import RewardSet, build
 from dancegrpo_jax.rewards.clip import preprocess

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dancegrpo_jax.models import convert
-from dancegrpo_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, cosine
+from dancegrpo_jax.models.files import convert
+from dancegrpo_jax.models.encoders.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, cosine
 from dancegrpo_jax.models.layers import merge, split
 
 torch = pytest.importorskip("torch")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dancegrpo_jax.models import convert
-from dancegrpo_jax.models.flux import FluxTransformer2DModel, pack, unpack
+from dancegrpo_jax.models.files import convert
+from dancegrpo_jax.models.denoisers.flux import FluxTransformer2DModel, pack, unpack
 from dancegrpo_jax.models.layers import merge, split
 
 torch = pytest.importorskip("torch")

@@ -15,8 +15,8 @@ diffusers = pytest.importorskip("diffusers")
 from against_torch import assert_close  # noqa: E402
 
 from dancegrpo_jax.evaluate import decode, encode  # noqa: E402
-from dancegrpo_jax.models.base import make_policy  # noqa: E402
-from dancegrpo_jax.models.convert import CheckpointError, Folder, save_params  # noqa: E402
+from dancegrpo_jax.pipelines.base import make_policy  # noqa: E402
+from dancegrpo_jax.models.files.convert import CheckpointError, Folder, save_params  # noqa: E402
 from dancegrpo_jax.rollout import sample  # noqa: E402
 from dancegrpo_jax.sde import deterministic  # noqa: E402
 from tests.released import T5_LENGTH, respell, write_flux, write_sd  # noqa: E402
@@ -140,7 +140,7 @@ def test_exported_weights_are_the_bytes_of_the_base(pipeline, tmp_path):
 
 def test_adapters_in_diffusers(pipeline, tmp_path):
     """Adapters written for diffusers give the images that we draw with them."""
-    from dancegrpo_jax.models.lora import save_adapters
+    from dancegrpo_jax.models.files.lora import save_adapters
     kind, reference, folder, _ = pipeline
     more = r".*\.proj_out" if kind == "flux" else r".*ff\.net\.2"
     lora = {"rank": 4, "alpha": 8.0, "targets": (r".*attn.*\.to_(q|k|v|out\.0)", more)}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dancegrpo_jax.models import convert
+from dancegrpo_jax.models.files import convert
 from dancegrpo_jax.models.layers import merge, split
-from dancegrpo_jax.models.unet import UNet2DConditionModel
+from dancegrpo_jax.models.denoisers.unet import UNet2DConditionModel
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

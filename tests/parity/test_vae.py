@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dancegrpo_jax.models import convert
+from dancegrpo_jax.models.files import convert
 from dancegrpo_jax.models.layers import merge, split
-from dancegrpo_jax.models.vae import AutoencoderKL
+from dancegrpo_jax.models.codecs.autoencoder_kl import AutoencoderKL
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

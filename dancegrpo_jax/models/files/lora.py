@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from dancegrpo_jax.models.convert import to_torch
+from dancegrpo_jax.models.files.convert import to_torch
 from dancegrpo_jax.models.layers import Linear, LoRAParam, Params
 
 

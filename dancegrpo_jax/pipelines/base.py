@@ -19,17 +19,17 @@ from flax import nnx
 from transformers import CLIPTokenizer
 
 from dancegrpo_jax.data import PACKAGE
-from dancegrpo_jax.models.clip import CLIPTextModel
-from dancegrpo_jax.models.convert import CheckpointError, abstract_model, load_params, read_json, stored_in
-from dancegrpo_jax.models.hub import PATTERNS, find_in_hub
+from dancegrpo_jax.models.encoders.clip import CLIPTextModel
+from dancegrpo_jax.models.files.convert import CheckpointError, abstract_model, load_params, read_json, stored_in
+from dancegrpo_jax.models.files.hub import PATTERNS, find_in_hub
 from dancegrpo_jax.models.layers import LoRAParam, merge, split
-from dancegrpo_jax.models.lora import add_lora, init_adapters
-from dancegrpo_jax.models.vae import AutoencoderKL
+from dancegrpo_jax.models.files.lora import add_lora, init_adapters
+from dancegrpo_jax.models.codecs.autoencoder_kl import AutoencoderKL
 from dancegrpo_jax.sde import Schedule
 from dancegrpo_jax.sharding import map_slices, place_params
 
-_REGISTRY = {"flux": "dancegrpo_jax.models.flux_policy:FluxPolicy",
-             "stable_diffusion": "dancegrpo_jax.models.stable_diffusion:StableDiffusionPolicy"}
+_REGISTRY = {"flux": "dancegrpo_jax.pipelines.flux:FluxPolicy",
+             "stable_diffusion": "dancegrpo_jax.pipelines.stable_diffusion:StableDiffusionPolicy"}
 
 
 class Policy:

@@ -5,11 +5,11 @@ import math
 import jax.numpy as jnp
 from transformers import T5Tokenizer
 
-from dancegrpo_jax.models.base import Policy
-from dancegrpo_jax.models.convert import read_json
-from dancegrpo_jax.models.flux import FluxTransformer2DModel, pack, unpack
+from dancegrpo_jax.pipelines.base import Policy
+from dancegrpo_jax.models.files.convert import read_json
+from dancegrpo_jax.models.denoisers.flux import FluxTransformer2DModel, pack, unpack
 from dancegrpo_jax.models.layers import merge
-from dancegrpo_jax.models.t5 import T5EncoderModel
+from dancegrpo_jax.models.encoders.t5 import T5EncoderModel
 from dancegrpo_jax.sde import FLOW_KERNELS, flow_schedule
 
 

@@ -1,8 +1,8 @@
 """Stable Diffusion 1.x as a policy: epsilon, v or sample prediction on a DDPM schedule."""
 
-from dancegrpo_jax.models.base import Policy
-from dancegrpo_jax.models.convert import CheckpointError, read_json
-from dancegrpo_jax.models.unet import UNet2DConditionModel
+from dancegrpo_jax.pipelines.base import Policy
+from dancegrpo_jax.models.files.convert import CheckpointError, read_json
+from dancegrpo_jax.models.denoisers.unet import UNet2DConditionModel
 from dancegrpo_jax.sde import DIFFUSION_KERNELS, PREDICTIONS, ddim_schedule
 
 

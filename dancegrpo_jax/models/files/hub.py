@@ -7,7 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from dancegrpo_jax.models.convert import CheckpointError
+from dancegrpo_jax.models.files.convert import CheckpointError
 
 # What the loaders read: configs, tokenizers, weights; no other formats and precisions.
 PATTERNS = tuple(f"*.{end}" for end in ("json", "txt", "model", "safetensors"))

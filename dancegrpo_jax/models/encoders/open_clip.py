@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dancegrpo_jax.models.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from dancegrpo_jax.models.encoders.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
 _H_TEXT = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, eos_token_id=2)
 _H_VISION = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14)
