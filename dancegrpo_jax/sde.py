@@ -20,6 +20,10 @@ FLOW_KERNELS = ("dance", "flow", "cps")
 DIFFUSION_KERNELS = ("ddim", "sde")
 TIME_ROUNDING = ("exact", "int", "bf16_ref")
 PREDICTIONS = ("velocity", "epsilon", "v_prediction", "sample")
+# A level above this is pure noise; no float has to equal another for that. The first level of a flow schedule is 1 (give or
+# take roundings of 6e-8), any second one at most 1 - 1 / (shift steps): 1000 steps with a shift of 20 leave 50 times the
+# distance that is needed here, and schedules refuse what would come too near.
+PURE_NOISE = 1 - 2**-20
 
 
 class Schedule(NamedTuple):
@@ -42,9 +46,15 @@ def flow_schedule(steps: int, shift: float = 1.0, rounding: str = "exact") -> Sc
 
     `rounding` of the times is for comparison with DanceGRPO's PyTorch code, which feeds "int": truncated to whole
     numbers; "bf16_ref": that, and what a bfloat16 FLUX makes of time / 1000 before it multiplies by 1000 again.
+
+    Raises: ValueError if float32 cannot tell the levels apart (a shift of thousands).
     """
     s = np.linspace(1.0, 0.0, steps + 1, dtype=np.float32)
     sigmas = (np.float32(shift) * s / (1 + np.float32(shift - 1) * s)).astype(np.float32)
+    sigmas[0], sigmas[-1] = 1, 0  # the quotient rounds to 1 -+ 1e-7 for many shifts
+    if not (np.diff(sigmas) < 0).all() or sigmas[1] > PURE_NOISE:
+        raise ValueError(f"{steps} steps with a shift of {shift:g}: float32 cannot tell their noise levels apart; use a "
+                         "moderate shift (sampler.shift)")
     times = 1000 * sigmas[:-1]
     if rounding != "exact":
         times = np.trunc(times)
@@ -58,6 +68,9 @@ def ddim_schedule(steps: int, *, num_train_timesteps: int = 1000, beta_start: fl
     """DDIM schedule ("leading" spacing) of a DDPM-trained checkpoint; arguments as in its scheduler_config.json.
 
     Every step is stochastic: Stable Diffusion decodes the last sample itself.
+
+    Raises: ValueError for more steps than the checkpoint has, and for betas that leave no signal at the first step (the
+    kernels divide by it) or no noise before the last.
     """
     if beta_schedule == "scaled_linear":
         betas = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=np.float32) ** 2
@@ -68,10 +81,16 @@ def ddim_schedule(steps: int, *, num_train_timesteps: int = 1000, beta_start: fl
     alphas_cumprod = np.cumprod(1 - betas, dtype=np.float32)
     stride = num_train_timesteps // steps
     times = (np.arange(steps) * stride)[::-1] + steps_offset
+    if stride < 1 or times[0] >= num_train_timesteps:
+        raise ValueError(f"{steps} steps: a checkpoint of {num_train_timesteps} timesteps with steps_offset={steps_offset} "
+                         "has not as many; use fewer (sampler.steps, sampler.eval_steps)")
     final = np.float32(1.0) if set_alpha_to_one else alphas_cumprod[0]
     previous = times - stride
     after = np.where(previous >= 0, alphas_cumprod[np.maximum(previous, 0)], final)
     sigmas = np.sqrt(1 - np.append(alphas_cumprod[times[:1]], after)).astype(np.float32)
+    if not (sigmas[0] < PURE_NOISE and (sigmas[:-1] > 0).all()):
+        raise ValueError(f"beta_start={beta_start}, beta_end={beta_end}: noise levels from {sigmas[0]} to {sigmas[-2]} are "
+                         "not within (0, 1)")
     return Schedule(times.astype(np.float32), sigmas, np.ones(steps, bool))
 
 
@@ -87,8 +106,8 @@ def deterministic(schedule: Schedule) -> Schedule:
 
 
 def alpha(prediction: str, sigma):
-    """Signal coefficient at noise level sigma."""
-    return 1 - sigma if prediction == "velocity" else jnp.sqrt(jnp.maximum(1 - jnp.square(sigma), 0))
+    """Signal coefficient at noise level sigma; as a product, since 1 - sigma^2 cancels near 1."""
+    return 1 - sigma if prediction == "velocity" else jnp.sqrt(jnp.maximum((1 - sigma) * (1 + sigma), 0))
 
 
 def denoise(prediction: str, output, x, sigma):
@@ -143,7 +162,7 @@ def transition(kernel: str, prediction: str, eta: float, output, x, sigma, sigma
     if kernel in ("dance", "flow"):
         g2 = eta**2
         if kernel == "flow":
-            g2 = g2 * sigma / (1 - jnp.where(sigma == 1, sigma_next, sigma))
+            g2 = g2 * sigma / (1 - jnp.where(sigma > PURE_NOISE, sigma_next, sigma))
         std = jnp.sqrt(g2 * -dt)
         mean = ode + 0.5 * g2 * dt * eps / sigma
     elif kernel in ("cps", "ddim"):

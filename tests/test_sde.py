@@ -1,5 +1,7 @@
 """The diffusion core against float64 numpy, closed-form Gaussian marginals and the diffusers schedulers."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,6 +235,86 @@ def test_rounded_times_are_those_of_the_reference(rounding, expected):
     np.testing.assert_array_equal(schedule.sigmas, exact.sigmas)
     assert schedule.times.dtype == np.float32
     np.testing.assert_allclose(exact.times, 1000 * exact.sigmas[:-1])
+
+
+SHIFTS = [*np.linspace(0.1, 20, 1991), *(math.exp(0.5 + (1.15 - 0.5) * ((side // 16)**2 - 256) / (4096 - 256))
+                                         for side in range(256, 1441, 16))]  # FLUX's own, by the number of tokens
+
+
+@pytest.mark.parametrize("steps", [2, 16, 1000])
+def test_flow_schedules_of_any_shift_begin_at_one_and_end_at_zero(steps):
+    exact = flow_levels(steps, shift=np.array(SHIFTS)[:, None])
+    schedules = [sde.flow_schedule(steps, shift) for shift in SHIFTS]
+    sigmas = np.stack([schedule.sigmas for schedule in schedules])
+    assert (sigmas[:, 0] == 1).all() and (sigmas[:, -1] == 0).all() and (np.diff(sigmas) < 0).all()
+    assert (sigmas[:, 1] < sde.PURE_NOISE).all()
+    np.testing.assert_allclose(sigmas, exact, rtol=2e-6, atol=0)
+    np.testing.assert_array_equal([schedule.times for schedule in schedules], 1000 * sigmas[:, :-1])
+
+
+@pytest.mark.parametrize("rounding", sde.TIME_ROUNDING)
+def test_the_first_time_is_1000_for_any_shift(rounding):
+    assert {float(sde.flow_schedule(4, shift, rounding).times[0]) for shift in SHIFTS} == {1000}
+
+
+@pytest.mark.parametrize("kernel, eta", [(kernel, eta) for kernel, eta, prediction in KERNELS if prediction == "velocity"])
+def test_flow_kernels_on_schedules_of_any_shift(kernel, eta):
+    sigmas = np.stack([sde.flow_schedule(steps, shift).sigmas[[0, 1, 2, -3, -2, -1]]
+                       for shift in SHIFTS for steps in (5, 16, 1000)])
+    x, output = np.random.default_rng(0).standard_normal((2, sigmas[:, 1:].size, 2), dtype=np.float32)
+    noisy = np.tile([True, True, False, True, True], len(sigmas))  # the third step is none of a schedule, but a legal pair
+    check_steps(kernel, "velocity", eta, output, x, sigmas[:, :-1].ravel(), sigmas[:, 1:].ravel(), noisy, 1e-6)
+    if kernel == "flow":  # eta sqrt(sigma / (1 - sigma_next) * (sigma - sigma_next)) at sigma = 1
+        _, std = sde.transition(kernel, "velocity", eta, output[::5], x[::5], sigmas[:, 0], sigmas[:, 1], True)
+        np.testing.assert_allclose(std, eta, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kernel, eta, prediction", [case for case in KERNELS if case[2] != "velocity"])
+def test_diffusion_kernels_on_schedules_of_any_length(kernel, eta, prediction):
+    for beta_schedule, beta_start, beta_end in (("scaled_linear", 0.00085, 0.012), ("linear", 0.0001, 0.02)):
+        sigmas = [sde.ddim_schedule(steps, beta_schedule=beta_schedule, beta_start=beta_start, beta_end=beta_end,
+                                    set_alpha_to_one=one, steps_offset=offset).sigmas
+                  for steps in (2, 3, 16, 50, 499, 999) for one in (False, True) for offset in (0, 1)]
+        before, after = (np.concatenate([levels[part] for levels in sigmas]) for part in (slice(-1), slice(1, None)))
+        x, output = np.random.default_rng(0).standard_normal((2, len(before), 2), dtype=np.float32)
+        check_steps(kernel, prediction, eta, output, x, before, after, np.arange(len(before)) % 7 < 5, 2e-6)
+
+
+def check_steps(kernel, prediction, eta, output, x, sigma, sigma_next, noisy, rtol):
+    """Mean and std are those of the oracle, and the gradient of the log-probability is finite, at each of many steps."""
+    def score(output):
+        mean, std = sde.transition(kernel, prediction, eta, output, x, sigma, sigma_next, noisy)
+        return sde.gaussian_log_prob(x, mean, std).sum(), (mean, std)
+    gradient, (mean, std) = jax.grad(score, has_aux=True)(output)
+    assert np.isfinite(gradient).all()
+    columns = (a[:, None] for a in (sigma, sigma_next, noisy))
+    expected_mean, expected_std = oracle.transition(kernel, prediction, eta, output, x, *columns)
+    np.testing.assert_allclose(std, expected_std, rtol=rtol, atol=1e-9)
+    np.testing.assert_allclose(mean, expected_mean, rtol=rtol, atol=5 * rtol)
+
+
+@pytest.mark.parametrize("sigma", [1 + 2.0**-23, 1.0, 1 - 2.0**-24, 1 - 2.0**-22])
+def test_the_flow_kernel_takes_pure_noise_from_no_equality_of_floats(sigma):
+    x = jnp.ones((1, 2))
+    _, std = sde.transition("flow", "velocity", 0.7, x, x, sigma, 0.98, True)
+    np.testing.assert_allclose(std, 0.7, rtol=1e-5)
+
+
+def test_schedules_whose_levels_float32_cannot_tell_apart_are_refused():
+    for steps, shift in ((1000, 1e4), (2, 1e9), (16, float("inf"))):
+        with pytest.raises(ValueError, match="shift"), np.errstate(invalid="ignore"):
+            sde.flow_schedule(steps, shift)
+    assert sde.flow_schedule(1000, 500.0).sigmas[1] < sde.PURE_NOISE
+
+
+def test_ddim_schedules_without_signal_or_with_too_many_steps_are_refused():
+    for steps, offset in ((1000, 1), (1001, 0), (2000, 0)):
+        with pytest.raises(ValueError, match="steps"):
+            sde.ddim_schedule(steps, steps_offset=offset)
+    with pytest.raises(ValueError, match="beta_end=0.5"):
+        sde.ddim_schedule(50, beta_schedule="linear", beta_end=0.5)
+    with pytest.raises(ValueError, match="beta_start=0.0"):
+        sde.ddim_schedule(50, beta_schedule="linear", beta_start=0.0, steps_offset=0)
 
 
 @pytest.mark.parametrize("steps", [50, 20])
