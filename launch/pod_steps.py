@@ -68,7 +68,9 @@ def accelerator(name: str) -> Accelerator:
 
 
 def requirements() -> list[str]:
-    """Arguments of pip: requirements.txt, and jax[tpu] of the version that it pins."""
+    """Arguments of pip: requirements.txt, and jax[tpu] of the version that it pins. Raises: PodError outside a checkout."""
+    if not (ROOT / "requirements.txt").is_file():
+        raise PodError(f"{ROOT}: not a checkout of the repository, which is what is sent; clone it and use its launch/pod.py")
     pinned = re.search(r"^jax(==.+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     return ["-r", "requirements.txt", f"jax[tpu]{pinned[1]}"]
 

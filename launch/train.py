@@ -28,7 +28,9 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     from dancegrpo_jax.config import exit_status
+    from launch.commands import use_working_directory
 
+    use_working_directory()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("dancegrpo_jax").setLevel(logging.INFO)
     return exit_status(run, argv)
