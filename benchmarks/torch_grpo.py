@@ -50,8 +50,8 @@ class TorchGRPO:
         self.noisy = noisy
         self.model.eval()  # no dropout; gradients flow all the same
         if lora:
-            inject_adapter_in_model(LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"],
-                                               target_modules="|".join(f"({target})" for target in lora["targets"])), self.model)
+            targets = "|".join(f"({target})" for target in lora["targets"])
+            inject_adapter_in_model(LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=targets), self.model)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.ema = [p.detach().clone() for p in self.trained.values()] if ema_decay else []
         self.optimizer = torch.optim.AdamW(self.trained.values(), **optim, fused=True)
@@ -135,7 +135,7 @@ class TorchGRPO:
         """
         rows, steps = torch.arange(len(steps)).repeat_interleave(steps.shape[1]), steps.flatten()
         total = 0.0
-        for row, step in zip(rows.split(batch), steps.split(batch)):
+        for row, step in zip(rows.split(batch), steps.split(batch), strict=True):
             z = latents[step, row]
             mean, std = self.transition(self.predict(z, self.times[step], [c[row] for c in cond]), z, step)
             ratio = torch.exp(self.log_prob(latents[step + 1, row], mean, std) - log_probs[step, row])

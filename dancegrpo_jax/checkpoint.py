@@ -181,7 +181,7 @@ class Checkpointer:
         """Called by orbax, in its thread, when all items are written and before the folder gets its final name."""
         if jax.process_index() != 0:
             return
-        steps, unfinished = self._scan()
+        _, unfinished = self._scan()
         names = [name for name in unfinished if name.startswith(f"{self._saving}.")] or [str(self._saving)]
         for name in names:
             folder = self.directory / name
@@ -276,7 +276,7 @@ def _checksum(path: epath.Path) -> list[int]:
 
 def _checksums(folder: epath.Path, files: dict[str, epath.Path]) -> dict[str, list[int]]:
     with ThreadPoolExecutor(8) as pool:  # zlib and reads release the GIL
-        return dict(zip(files, pool.map(_checksum, files.values())))
+        return dict(zip(files, pool.map(_checksum, files.values()), strict=True))
 
 
 def _check(folder: epath.Path) -> tuple[dict | None, str | None]:

@@ -16,7 +16,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -65,7 +65,7 @@ def start_run_dir(run_dir, config: ConfigDict) -> Path:
 
 def _compare(folder: Path, theirs: Mapping, mine: Mapping) -> None:
     names = [name for name in sorted(theirs.keys() | mine.keys()) if theirs.get(name) != mine.get(name)
-             and not any(name == key or key.endswith(".") and name.startswith(key) for key in CHANGEABLE)]
+             and not any(name == key or (key.endswith(".") and name.startswith(key)) for key in CHANGEABLE)]
     if names:
         listed = ", ".join(f"{name} ({json.dumps(theirs.get(name))} there, {json.dumps(mine.get(name))} now)"
                            for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -84,10 +84,8 @@ def versions() -> dict[str, str]:
     """Versions of Python and the packages that matter, platform, kind and number of devices."""
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     return found | {"backend": jax.default_backend(), "device": jax.devices()[0].device_kind,
                     "devices": str(jax.device_count()), "processes": str(jax.process_count())}
 
@@ -185,7 +183,8 @@ class _JsonLines:
         part = file.with_name(file.name + ".part")
         part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(part, file)
-        self.file = open(file, "ab", buffering=0)  # a buffer would write a failed line again later
+        # A buffer would write a failed line again later.
+        self.file = open(file, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
 
     def scalars(self, step: int, values: Mapping) -> None:
         line = json.dumps({"step": step, **values}).encode() + b"\n"

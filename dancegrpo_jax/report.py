@@ -125,7 +125,7 @@ def _head(folder: Path, records: list[dict], config: dict, versions: dict) -> st
 
 def _card(name: str, series: dict) -> str:
     steps, means = series[f"eval/{name}/mean"]
-    errors = dict(zip(*series.get(f"eval/{name}/stderr", ((), ()))))
+    errors = dict(zip(*series.get(f"eval/{name}/stderr", ((), ())), strict=True))
 
     def value(i):
         error = errors.get(steps[i], math.nan)
@@ -184,7 +184,7 @@ def _reward_plot(name: str, series: dict) -> str:
                                       label="± std over samples")
         if f"eval/{name}/mean" in series:
             steps, mean = series[f"eval/{name}/mean"]
-            error = dict(zip(*series.get(f"eval/{name}/stderr", ((), ()))))
+            error = dict(zip(*series.get(f"eval/{name}/stderr", ((), ())), strict=True))
             axes.errorbar(steps, mean, [error.get(step, math.nan) for step in steps], color="C1", marker="o",
                           capsize=3, ls="--", label="held-out ± standard error")
     return _plot(draw, f"reward {name}")

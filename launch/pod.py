@@ -25,8 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch import pod_steps as steps  # noqa: E402
-from launch.pod_steps import ROOT, PodError, Step, TpuVm  # noqa: E402
+from launch import pod_steps as steps
+from launch.pod_steps import ROOT, PodError, Step, TpuVm
 
 INSTALL = {"gcloud": "install the Google Cloud CLI, https://cloud.google.com/sdk/docs/install",
            "xpk": "pip install xpk, https://github.com/AI-Hypercomputer/xpk"}

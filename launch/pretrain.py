@@ -39,8 +39,9 @@ from dancegrpo_jax.worlds.tokenizer import write_tokenizer
 LEVELS = (16, 32, 64)
 VAE = vae.AutoencoderKL.Config(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
                  block_out_channels=LEVELS, layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=32)
-FLUX = flux.FluxTransformer2DModel.Config(in_channels=16, num_layers=2, num_single_layers=4, attention_head_dim=32, num_attention_heads=4,
-                   joint_attention_dim=128, pooled_projection_dim=128, guidance_embeds=False, axes_dims_rope=(8, 12, 12))
+FLUX = flux.FluxTransformer2DModel.Config(in_channels=16, num_layers=2, num_single_layers=4, attention_head_dim=32,
+                   num_attention_heads=4, joint_attention_dim=128, pooled_projection_dim=128, guidance_embeds=False,
+                   axes_dims_rope=(8, 12, 12))
 UNET = unet.UNet2DConditionModel.Config(sample_size=8, block_out_channels=(48, 96), layers_per_block=1, cross_attention_dim=128,
                    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
                    attention_head_dim=4, norm_num_groups=16)
@@ -276,7 +277,8 @@ def main():
     parser.add_argument("--out", type=Path, default=weights, help="folder of the weights (default: %(default)s)")
     parser.add_argument("--stages", nargs="+", default=["clip", "vae", "flow", "diffusion"],
                         choices=["clip", "vae", "flow", "diffusion"], help="what to make, in this order")
-    parser.add_argument("--steps", type=int, help="training steps (defaults: clip 2000, vae 2500, flow and diffusion 8000 with true captions)")
+    parser.add_argument("--steps", type=int, help="training steps (defaults: clip 2000, vae 2500, flow and diffusion "
+                        "8000 with true captions)")
     parser.add_argument("--scenes", type=int, default=120_000, help="scenes of the base models' training set")
     parser.add_argument("--noisy_steps", type=int, default=300, help="steps with noisy captions, last (default: %(default)s)")
     parser.add_argument("--caption_noise", type=float, default=0.15, help="probability that an attribute word is wrong "
@@ -288,10 +290,11 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     for stage in args.stages:
         out, log = args.out / stage, Log(args.out / f"{stage}.log")
-        if (out / "config.json").exists() or (out / "model_index.json").exists() and not args.resume:
+        if (out / "config.json").exists() or ((out / "model_index.json").exists() and not args.resume):
             log(f"{out} exists, skipped")
             continue
-        log(f"{stage}: seed {args.seed}, steps {'default' if args.steps is None else args.steps}, jax {jax.__version__}, {os.cpu_count()} cores")
+        steps = "default" if args.steps is None else args.steps
+        log(f"{stage}: seed {args.seed}, steps {steps}, jax {jax.__version__}, {os.cpu_count()} cores")
         if stage == "clip":
             train_clip(out, args.steps or 2000, args.seed, log)
         elif stage == "vae":

@@ -68,7 +68,7 @@ def gaussian_marginals(kernel, prediction, eta, sigmas, stochastic, mean, std, s
         return transition(kernel, prediction, eta, output, x, before, after, noisy)
     x = np.zeros((len(sigmas) - 1, len(mean)))
     (offset, noise), (one, _) = step(x), step(x + 1)
-    for b, k, s in zip(offset, one - offset, noise):
+    for b, k, s in zip(offset, one - offset, noise, strict=True):
         m, v = b + k * m, k * k * v + s * s
         means.append(m), variances.append(v)
     return np.array(means), np.array(variances)

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from dancegrpo_jax.worlds.tokenizer import write_tokenizer
 
-WORDS = "a an and the of red green blue yellow circle square triangle star two three four left right above below is".split()
+WORDS = ["a", "an", "and", "the", "of", "red", "green", "blue", "yellow", "circle", "square", "triangle", "star", "two",
+         "three", "four", "left", "right", "above", "below", "is"]
 CLIP_LENGTH, T5_LENGTH, WIDTH = 16, 20, 24
 
 
@@ -106,7 +107,8 @@ def respell(folder, new):
         names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
         save_file({re.sub(r"(mid_block\.attentions\.0)\.(to_[qkv]|to_out\.0)\b", lambda m: f"{m[1]}.{names[m[2]]}", key): value
                    for key, value in load_file(vae).items()}, vae)
-        dropped = {"unet": ("class_embed_type", "dropout", "encoder_hid_dim"), "vae": ("force_upcast", "mid_block_add_attention")}
+        dropped = {"unet": ("class_embed_type", "dropout", "encoder_hid_dim"),
+                   "vae": ("force_upcast", "mid_block_add_attention")}
     else:
         dropped = {"transformer": (), "vae": ("mid_block_add_attention",)}
     for part, keys in dropped.items():

@@ -42,7 +42,7 @@ def abstract(state):
 
 def assert_same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype and x.sharding == y.sharding
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 

@@ -267,7 +267,8 @@ def test_watch_to_the_end(cloud, states, runs, changes, capfd):
 @pytest.mark.parametrize("states, runs, changes, named", [
     ("absent FAILED FAILED FAILED", "absent", "create delete create delete create",
      "FAILED: no quota; --max_restarts=2 is used up"),
-    ("ACTIVE", "absent running ended_2", "start", "the run ended with status 2; look with python launch/pod.py logs t --zone=z"),
+    ("ACTIVE", "absent running ended_2", "start",
+     "the run ended with status 2; look with python launch/pod.py logs t --zone=z"),
     ("ACTIVE", "running ended_143", "", "the run was stopped after a checkpoint; run this command again"),
     ("broken", "absent", "", "UNAVAILABLE: try later; 5 errors in a row"),
     ("nonsense\"", "absent", "", "gcloud's answer cannot be read"),

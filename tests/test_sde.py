@@ -58,9 +58,10 @@ def test_prediction_types_agree():
             np.testing.assert_allclose(mean, found[0][0], atol=1e-6)
             np.testing.assert_array_equal(std, found[0][1])
     for prediction, output in outputs.items():
-        for found, expected in zip(sde.denoise(prediction, output, alpha * x0 + sigma * eps, sigma), (x0, eps)):
+        for found, expected in zip(sde.denoise(prediction, output, alpha * x0 + sigma * eps, sigma), (x0, eps), strict=True):
             np.testing.assert_allclose(found, expected, atol=1e-6)
-    for found, expected in zip(sde.denoise("velocity", eps - x0, (1 - sigma) * x0 + sigma * eps, sigma), (x0, eps)):
+    velocity = sde.denoise("velocity", eps - x0, (1 - sigma) * x0 + sigma * eps, sigma)
+    for found, expected in zip(velocity, (x0, eps), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 

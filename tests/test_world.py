@@ -96,7 +96,8 @@ def test_scenes_obey_their_captions_and_margins(world):
         boxes = []
         for o in scene.objects:
             half = o.radius * shapes.EXTENT[SHAPES.index(o.shape)]
-            boxes.append(np.stack([(o.x, o.y) - half, (o.x, o.y) + half]))
+            centre = np.array([o.x, o.y])
+            boxes.append(np.stack([centre - half, centre + half]))
             assert (boxes[-1][0] >= 0.99).all() and (boxes[-1][1] <= 31.01).all()
             assert 4.5 <= o.radius <= (7.5 if len(scene.objects) == 1 else 6.5)
         for i, a in enumerate(boxes):
@@ -222,7 +223,7 @@ def test_verifier_rejects_false_captions(world):
     specs, scenes, images = world
     near, far = [], []  # captions with one or more words off, and captions of other scenes
     rng = np.random.default_rng(3)
-    for i, spec in enumerate(specs):
+    for spec in specs:
         near.append(shapes.corrupt(spec, rng, 0.4))
         far.append(specs[rng.permutation(len(specs))[0]])
     for wrong, floor, ceiling in ((near, 0.2, 0.8), (far, 0.0, 0.35)):

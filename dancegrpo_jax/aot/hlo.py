@@ -240,7 +240,8 @@ class _Program:
                 elif op.opcode == "bitcast":
                     total += used(op.name)
                 elif op.opcode == "fusion" and self.callees(op):
-                    total += sum(self.reads(self.callees(op)[0], i) for i, operand in enumerate(op.operands) if operand == value)
+                    fused = self.callees(op)[0]
+                    total += sum(self.reads(fused, i) for i, operand in enumerate(op.operands) if operand == value)
                 elif not (op.opcode == "dynamic-update-slice" and op.operands[0] == value):  # updated in place
                     return whole
             return total

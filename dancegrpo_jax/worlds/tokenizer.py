@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 from dancegrpo_jax.worlds.shapes import words
@@ -25,7 +26,7 @@ def _merges(vocabulary: list[str]) -> list[tuple[str, str]]:
     for word in vocabulary:
         symbols = [*word[:-1], word[-1] + "</w>"]
         while len(symbols) > 1:
-            ranks = [merges.index(pair) if pair in merges else len(merges) for pair in zip(symbols, symbols[1:])]
+            ranks = [merges.index(pair) if pair in merges else len(merges) for pair in pairwise(symbols)]
             at = ranks.index(min(ranks))
             if ranks[at] == len(merges):
                 merges.append((symbols[at], symbols[at + 1]))

@@ -14,8 +14,10 @@ import pytest
 from tests.e2e.test_train import ROOT, command, environment, launch, training_metrics
 from tests.pipelines import write_pipeline
 
-# Sums over devices round by their order. Adam would make whole steps of gradients that are nothing but rounding, hence the eps.
-MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=-1", "--config.eval.every=0", "--config.steps=4", "--config.model.remat=none",
+# Sums over devices round by their order. Adam would make whole steps of gradients that are nothing but rounding, hence the
+# eps.
+MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=-1", "--config.eval.every=0", "--config.steps=4",
+        "--config.model.remat=none",
         "--config.optim.eps=1e-3",
         '--config.rewards={"color": {}, "bright": {"reward": "tests.e2e.test_multihost:brightness"}}')
 
@@ -63,7 +65,7 @@ def finish(processes, timeout=600) -> list[tuple[int, str]]:
     """(status, stderr) of each."""
     try:
         errors = [process.communicate(timeout=timeout)[1] for process in processes]
-        return [(process.returncode, error) for process, error in zip(processes, errors)]
+        return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
     finally:
         for process in processes:
             process.kill()
@@ -71,7 +73,7 @@ def finish(processes, timeout=600) -> list[tuple[int, str]]:
 
 def assert_same_metrics(found, expected):
     assert [record["step"] for record in found] == [record["step"] for record in expected]
-    for ours, theirs in zip(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
         for key, value in theirs.items():
             assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-5), (theirs["step"], key)
 
