@@ -49,7 +49,8 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     half, exact = buckets // 2, buckets // 4
-    far = np.log(np.maximum(np.abs(distance), 1).astype(np.float32) / exact) / np.float32(np.log(max_distance / exact))
+    # The reference's fp32 arithmetic, with a logarithm that is no ulp off: some distances are just at the edge of a bucket.
+    far = np.log(np.maximum(np.abs(distance), 1) / exact).astype(np.float32) / np.float32(np.log(max_distance / exact))
     far = exact + (far * (half - exact)).astype(np.int32)
     bucket = np.where(np.abs(distance) < exact, np.abs(distance), np.minimum(far, half - 1))
     return (bucket + half * (distance > 0)).astype(np.int32)
