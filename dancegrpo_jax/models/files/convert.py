@@ -2,7 +2,7 @@
 
 Because modules are built with the attribute paths of the released checkpoints (`layers.py`), one rule serves every
 model: a leading layer axis under `stacked` becomes an index in the name, `kernel` is transposed to torch's layout
-(Linear [out, in], Conv OIHW), and `kernel`, `scale`, `embedding` are all spelled `weight`.
+(Linear [out, in], convolutions [out, in, *spatial]), and `kernel`, `scale`, `embedding` are all spelled `weight`.
 """
 
 import dataclasses
@@ -87,10 +87,14 @@ def torch_names(name: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def _permuted(name: str, items: tuple) -> tuple:
-    """One entry per dimension of ours -> the same entries in the order of torch's dimensions."""
-    if not name.endswith(".kernel"):
+    """One entry per dimension of ours -> the same entries in the order of torch's dimensions.
+
+    Kernels of any rank, without a layer axis: [*spatial, in, out] -> [out, in, *spatial].
+    """
+    if name.split(".")[-1] != "kernel":
         return items
-    return items[::-1] if len(items) == 2 else tuple(items[i] for i in (3, 2, 0, 1))
+    *spatial, fan_in, fan_out = items
+    return fan_out, fan_in, *spatial
 
 
 def _to_torch_layout(name: str, array):
