@@ -15,7 +15,7 @@ from flax import nnx
 from dancegrpo_jax.models.files.convert import TRANSFORMERS_METADATA
 from dancegrpo_jax.models.attention import attention, split_heads
 from dancegrpo_jax.models.layers import Embedding, Linear, RMSNorm, Stack, gelu_tanh
-from dancegrpo_jax.sharding import constrain_batch
+from dancegrpo_jax.sharding import constrain_batch, row_parallel
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,8 @@ class T5EncoderModel(nnx.Module):
 
     Config = T5Config
     TRANSFORMERS_NAME = "T5EncoderModel"
+    # The position bias has a value for each head, and heads are what attention splits.
+    SHARDING = (*row_parallel("o", "wo"), (r".*\.relative_attention_bias\.embedding", (None, "tensor")))
     # Files keep the bias in block 0, which cannot be part of a stack of equal blocks, and may repeat the embeddings.
     LEGACY_KEYS = ((r"^encoder\.block\.0\.layer\.0\.SelfAttention\.(relative_attention_bias\.)", r"encoder.\1"),)
     IGNORED_KEYS = (r"encoder\.embed_tokens\.weight",)

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dancegrpo_jax.models.layers import Params, merge, split
-from dancegrpo_jax.sharding import param_shardings
+from dancegrpo_jax.sharding import Rules, param_shardings
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -266,15 +266,16 @@ def read_json(path: str | os.PathLike) -> dict:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
 
 
-def stored_in(dtype, abstract: Params, mesh=None, *, within: tuple[str, ...] = ("",)) -> Params:
-    """`abstract` as it is to be loaded: matrices in `dtype`, norms, biases and all else fp32, placed by sharding's rules.
+def stored_in(dtype, abstract: Params, mesh=None, rules: Rules = (), *, within: tuple[str, ...] = ("",)) -> Params:
+    """`abstract` as it is to be loaded: matrices in `dtype`, norms, biases and all else fp32, placed by the rules.
 
     Args:
       dtype: of the kernels and embeddings whose names start with one of `within`. In the compute dtype they give the same
         numbers as fp32 ones, which every use would cast.
       mesh: None leaves the leaves without a sharding.
+      rules: the model's `SHARDING`.
     """
-    shardings = param_shardings(abstract, mesh) if mesh else dict.fromkeys(abstract)
+    shardings = param_shardings(abstract, mesh, rules) if mesh else dict.fromkeys(abstract)
 
     def leaf_dtype(name):
         return dtype if name.startswith(within) and name.endswith((".kernel", ".embedding")) else jnp.float32
