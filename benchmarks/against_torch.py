@@ -49,7 +49,8 @@ class Ours:
         from dancegrpo_jax.update import init_state
 
         trainable = jax.device_put(trainable, jax.devices()[0])  # where updates leave it: nothing compiles twice
-        self.tx, self.state = tx, init_state(trainable, tx=tx, with_ema=bool(self.config.optim.ema_decay))
+        ema = bool(self.config.optim.ema_decay)
+        self.tx, self.state = tx, init_state(trainable, tx=tx, with_ema=ema, rules=self.policy.sharding)
 
     def iteration(self, key, lap, score=None) -> dict:
         """Calls `lap(phase, arrays)` after each phase; `score(images, prompts)` replaces the rewards."""

@@ -80,7 +80,8 @@ def main() -> None:
         assert os.waitpid(pid, 0)[1] == 0
         size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
         _, abstract = split(convert.abstract_model(flux.FluxTransformer2DModel, folder))
-        shardings = sharding.param_shardings(abstract, sharding.make_mesh(data=1, fsdp=-1))
+        mesh = sharding.make_mesh(data=1, fsdp=-1)
+        shardings = sharding.param_shardings(abstract, mesh, flux.FluxTransformer2DModel.SHARDING)
         abstract = {name: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=shardings[name])
                     for name, leaf in abstract.items()}
         before, peak, done = anonymous(), 0, threading.Event()

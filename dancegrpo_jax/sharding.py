@@ -1,4 +1,4 @@
-"""Where arrays live: a mesh from the config, path rules for parameters, the batch over (data, fsdp).
+"""Where arrays live: a mesh from the config, rules on names for parameters, the batch over (data, fsdp).
 
 Four axes: `data` replicates parameters and splits the batch, `fsdp` splits both, `seq` splits the tokens of a sample,
 `tensor` the features of parameters. The mesh is a context (`with jax.set_mesh(mesh)`), so functions constrain arrays by
@@ -17,15 +17,33 @@ from jax.sharding import PartitionSpec as P
 AXES = ("data", "fsdp", "seq", "tensor")
 BATCH = ("data", "fsdp")
 
-# (regex on the parameter name, axes of its last dimensions). First match wins; what does not divide is replicated.
-# Column-parallel layers split their outputs over `tensor`, the row-parallel ones that follow split their inputs.
-RULES = (
+# A rule: (regex on the parameter's dotted name, axes of its last dimensions). A model class has its own, `SHARDING`; these
+# are shared by all models and come after them. First match wins; what does not divide is replicated.
+Rules = tuple[tuple[str, tuple], ...]
+
+# Kernels, convolutions' too, end in (in, out). Column-parallel layers split their outputs over `tensor`.
+SHARED_RULES: Rules = (
     (r".*\.lora_a", ("fsdp", None)),
     (r".*\.lora_b", (None, "tensor")),
-    (r".*(to_out\.0|to_add_out|out_proj|proj_out|net\.2|fc2|linear_2)\.kernel", ("tensor", "fsdp")),
     (r".*\.kernel", ("fsdp", "tensor")),
     (r".*\.embedding", ("tensor", "fsdp")),
 )
+
+
+def row_parallel(*layers: str) -> Rules:
+    """Rules for the layers at the end of dotted paths ("o", "net.2") that consume what column-parallel ones split.
+
+    They split their inputs over `tensor`, so that between the two nothing travels, and their products are summed.
+    """
+    path = rf"(.*\.)?({'|'.join(map(re.escape, layers))})\."
+    return (
+        (path + "kernel", ("tensor", "fsdp")),
+        # Adapters, x A B: A's inputs are split as the kernel's are, so that x stays where it is and only the few features
+        # between A and B are summed. B's outputs are whole on every device of `tensor`, as the kernel's are after their sum:
+        # split, they would have to be gathered, which is as much traffic again. Like all B it is not split over fsdp.
+        (path + "lora_a", (("tensor", "fsdp"), None)),
+        (path + "lora_b", (None, None)),
+    )
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
@@ -63,28 +81,31 @@ def _fit(spec, shape, axes) -> P:
     return P(*(names if fits(names, size) else None for names, size in zip(spec, shape)))
 
 
-def param_spec(name: str, shape, mesh) -> P:
-    """The PartitionSpec of one parameter by RULES; leading layer and spatial axes are not split."""
-    for pattern, spec in RULES:
+def param_spec(name: str, shape, mesh, rules: Rules = ()) -> P:
+    """The PartitionSpec of one parameter by its model's rules, then the shared ones.
+
+    Leading axes (layers, space) are not split. A rule that has more axes than the parameter does not match it.
+    """
+    for pattern, spec in (*rules, *SHARED_RULES):
         if re.fullmatch(pattern, name) and len(shape) >= len(spec):
             return _fit((None,) * (len(shape) - len(spec)) + spec, shape, _axes(mesh))
     return P()
 
 
-def param_shardings(tree, mesh):
+def param_shardings(tree, mesh, rules: Rules = ()):
     """NamedSharding of every leaf of a pytree that holds flat parameter dicts (parameters, optimizer state, EMA).
 
-    A leaf's parameter name is its last dict key; leaves without one (counters) are replicated.
+    A leaf's parameter name is its last dict key; leaves without one (counters) are replicated. `rules` are the model's.
     """
     def sharding(path, leaf):
         name = getattr(path[-1], "key", "") if path else ""
-        return NamedSharding(mesh, param_spec(name, leaf.shape, mesh))
+        return NamedSharding(mesh, param_spec(name, leaf.shape, mesh, rules))
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def place_params(tree, mesh):
-    """Puts parameters that every process has on the mesh by RULES."""
-    return jax.tree.map(_put, tree, param_shardings(tree, mesh))
+def place_params(tree, mesh, rules: Rules = ()):
+    """Puts parameters that every process has on the mesh, by their model's rules."""
+    return jax.tree.map(_put, tree, param_shardings(tree, mesh, rules))
 
 
 def _put(leaf, sharding):
@@ -95,12 +116,12 @@ def _put(leaf, sharding):
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
 
-def constrain_params(tree):
-    """Inside jit: pins parameters, gradients or a whole TrainState to the parameters' sharding."""
+def constrain_params(tree, rules: Rules = ()):
+    """Inside jit: pins parameters, gradients or a whole TrainState to the parameters' sharding, by their model's rules."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
-    return jax.tree.map(jax.lax.with_sharding_constraint, tree, param_shardings(tree, mesh))
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, param_shardings(tree, mesh, rules))
 
 
 def constrain_batch(tree, axis: int = 0):

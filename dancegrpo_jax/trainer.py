@@ -45,7 +45,9 @@ def train(config) -> dict:
 
 def _train(config, mesh, preemption) -> dict:
     # ---------------------------------------------------------------- prompts, rewards, model, optimizer
-    place = partial(sharding.place_params, mesh=mesh)
+    def place(params, rules):
+        return sharding.place_params(params, mesh, rules)
+
     train_prompts = data.read_prompts(config.data.train)
     prompt_batches = data.prompt_batches(train_prompts, config.data.prompts_per_step, config.seed)
     heldout = data.read_prompts(config.data.heldout)[:config.eval.num_prompts]
@@ -75,7 +77,7 @@ def _train(config, mesh, preemption) -> dict:
     tx = make_optimizer(config.optim, config.steps * config.grpo.updates_per_rollout)
     objective = Objective(config.grpo.clip_range, config.grpo.kl_beta, config.optim.ema_decay,
                           on_policy=config.grpo.updates_per_rollout == 1)
-    state = init_state(trainable, tx=tx, with_ema=bool(config.optim.ema_decay))
+    state = init_state(trainable, tx=tx, with_ema=bool(config.optim.ema_decay), rules=policy.sharding)
     reference = {}
     if config.grpo.kl_beta:  # LoRA: adapters off; full fine-tuning: the base weights
         reference = jax.tree.map(jnp.zeros_like, trainable) if lora else trainable

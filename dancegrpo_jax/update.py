@@ -11,7 +11,7 @@ import optax
 from dancegrpo_jax.grpo import clipped_objective, ratio_diagnostics
 from dancegrpo_jax.rollout import Trajectory, step
 from dancegrpo_jax.sde import Schedule, gaussian_log_prob
-from dancegrpo_jax.sharding import batch_devices, constrain_batch, constrain_params
+from dancegrpo_jax.sharding import Rules, batch_devices, constrain_batch, constrain_params
 
 
 class TrainState(NamedTuple):
@@ -68,11 +68,11 @@ def make_optimizer(config, updates: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw) if config.grad_clip else adamw
 
 
-@partial(jax.jit, static_argnames=("tx", "with_ema"))
-def init_state(trainable: dict, *, tx: optax.GradientTransformation, with_ema: bool) -> TrainState:
-    """A fresh state of copies (the update donates its buffers, which must alias nothing), sharded by the rules."""
+@partial(jax.jit, static_argnames=("tx", "with_ema", "rules"))
+def init_state(trainable: dict, *, tx: optax.GradientTransformation, with_ema: bool, rules: Rules) -> TrainState:
+    """A fresh state of copies (the update donates its buffers, which must alias nothing), sharded by the policy's rules."""
     ema = jax.tree.map(jnp.copy, trainable) if with_ema else None
-    return constrain_params(TrainState(jnp.int32(0), jax.tree.map(jnp.copy, trainable), tx.init(trainable), ema))
+    return constrain_params(TrainState(jnp.int32(0), jax.tree.map(jnp.copy, trainable), tx.init(trainable), ema), rules)
 
 
 @partial(jax.jit, static_argnames=("updates", "microbatch"))
@@ -158,9 +158,9 @@ def update(policy, tx, objective: Objective, state: TrainState, frozen, referenc
 
     def accumulate(total, batch):
         (_, aux), grads = gradient(policy, objective, state.trainable, frozen, reference, constrain_batch(batch))
-        return constrain_params(jax.tree.map(lambda t, g: t + g / count, total, grads)), aux
+        return constrain_params(jax.tree.map(lambda t, g: t + g / count, total, grads), policy.sharding), aux
 
-    zeros = constrain_params(jax.tree.map(jnp.zeros_like, state.trainable))
+    zeros = constrain_params(jax.tree.map(jnp.zeros_like, state.trainable), policy.sharding)
     if count == 1:  # no loop around a single turn: on CPU, gradients of convolutions are three times slower inside one
         grads, pairs = accumulate(zeros, jax.tree.map(lambda a: a[0], examples))
     else:
@@ -172,4 +172,4 @@ def update(policy, tx, objective: Objective, state: TrainState, frozen, referenc
     metrics = ratio_diagnostics(pairs["ratio"], examples.advantage, objective.clip_range)
     metrics |= {f"rollout_ratio/{name}": getattr(pairs["rollout_ratio"], name)() for name in ("mean", "min", "max")}
     metrics |= {"loss": pairs["loss"].mean(), "kl_base": pairs["kl_base"].mean(), "grad_norm": optax.global_norm(grads)}
-    return constrain_params(TrainState(state.step + 1, trainable, opt_state, ema)), metrics
+    return constrain_params(TrainState(state.step + 1, trainable, opt_state, ema), policy.sharding), metrics

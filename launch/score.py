@@ -38,8 +38,6 @@ def read_index(path: str, prompt: str) -> list[tuple[Path, str]]:
 
 def score(args: argparse.Namespace) -> dict[str, float]:
     """Writes one row an image into `args.out` (if given), prints a table; returns the means."""
-    from functools import partial
-
     import jax
     import numpy as np
     from PIL import Image
@@ -62,7 +60,7 @@ def score(args: argparse.Namespace) -> dict[str, float]:
             by_size[image.size].append(i)
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh), tqdm(total=len(items), unit="image") as bar:
-        rewards = RewardSet(config, place=partial(sharding.place_params, mesh=mesh))
+        rewards = RewardSet(config, place=lambda params, rules: sharding.place_params(params, mesh, rules))
         found = {name: np.full(len(items), np.nan) for name in rewards.weights}
         for indices in by_size.values():
             for start in range(0, len(indices), args.batch):

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
+from dancegrpo_jax import sharding
 from dancegrpo_jax.models.files import convert
-from dancegrpo_jax.models.files.convert import CheckpointError, load_model, parse_config, save_model, to_torch
+from dancegrpo_jax.models.files.convert import CheckpointError, from_torch, load_model, parse_config, save_model, to_torch
 from dancegrpo_jax.models.layers import Conv, Embedding, LayerNorm, Linear, Stack, split
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -90,6 +93,48 @@ def test_save_then_load_is_identical(folder, tmp_path, dtype):
     assert_same(jax.tree.map(np.asarray, split(again)[1]), jax.tree.map(np.asarray, params))
     config = json.loads((tmp_path / "copy" / "config.json").read_text())
     assert config["_class_name"] == "Model" and config["act_fn"] == "silu" and config["sizes"] == [1, 2]
+
+
+class Recorded:
+    """A tensor that notes how many of its entries are read at a time."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.sizes = array, array.shape, []
+
+    def __getitem__(self, index):
+        part = self.array[index]
+        self.sizes.append(part.size)
+        return part
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["single", "stacked"])
+@pytest.mark.parametrize("spatial", [(), (3,), (3, 5), (3, 5, 7)], ids=["Linear", "Conv1d", "Conv2d", "Conv3d"])
+def test_kernels_of_any_rank(spatial, stacked):
+    """[*spatial, in, out] is torch's [out, in, *spatial] and back; on a mesh each device reads its own slice only."""
+    rng, layers = np.random.default_rng(0), 2 if stacked else 1
+    keys = [f"blocks.{i}.conv.weight" for i in range(layers)] if stacked else ["conv.weight"]
+    name = "blocks.stacked.conv.kernel" if stacked else "conv.kernel"
+    tensors = {key: rng.standard_normal((16, 8, *spatial), dtype=np.float32) for key in keys}
+    ours = np.stack([np.moveaxis(tensor, (0, 1), (-1, -2)) for tensor in tensors.values()])
+    ours = ours if stacked else ours[0]
+
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
+    wheres = (None, NamedSharding(mesh, sharding.param_spec(name, ours.shape, mesh)),
+              NamedSharding(mesh, P(*(None,) * (ours.ndim - 2), "tensor", "fsdp")))
+    assert wheres[1].spec == P(*(None,) * (ours.ndim - 2), "fsdp", "tensor")
+    for where in wheres:
+        recorded = {key: Recorded(tensor) for key, tensor in tensors.items()}
+        params = from_torch(recorded, {name: jax.ShapeDtypeStruct(ours.shape, jnp.float32, sharding=where)})
+        np.testing.assert_array_equal(params[name], ours)
+        assert_same(to_torch(params), tensors)
+        for tensor in recorded.values():
+            assert tensor.sizes == [tensor.array.size // 8] * 8 if where else [tensor.array.size]
+
+
+def test_a_wrong_rank_is_an_error():
+    abstract = {"conv.kernel": jax.ShapeDtypeStruct((3, 4, 6), jnp.float32)}
+    with pytest.raises(CheckpointError, match=r"'conv\.weight' has shape \(6, 4, 3, 1\), expected \(6, 4, 3\)"):
+        from_torch({"conv.weight": np.zeros((6, 4, 3, 1), np.float32)}, abstract)
 
 
 def shard(folder):

@@ -55,7 +55,7 @@ def test_ratio_is_one_before_the_first_update(pipelines, paradigm, dtype, rank, 
         examples = make_examples(trajectory, schedule, cond, advantage, chosen, time_index, updates=1,
                                  microbatch=prompts * group)
         tx = optax.adamw(1e-3)
-        state = init_state(trainable, tx=tx, with_ema=False)
+        state = init_state(trainable, tx=tx, with_ema=False, rules=policy.sharding)
         state, first = update(policy, tx, Objective(), state, frozen, {}, examples, 0)
         _, second = update(policy, tx, Objective(), state, frozen, {}, examples, 0)
     assert float(jnp.abs(trajectory.log_probs[:trained]).min()) > 0

@@ -268,8 +268,6 @@ def test_scorers_of_one_architecture_share_a_compiled_function(clip):
 @pytest.mark.parametrize("mesh", [*MESHES.values(), dict(data=2, fsdp=2, tensor=2)], ids=[*MESHES, "data 2, fsdp 2, tensor 2"])
 def test_sharded_scores(clip, mesh):
     """Eight devices, weights over fsdp and tensor, images over the batch axes: the scores of one device."""
-    from functools import partial
-
     from dancegrpo_jax import sharding
     _, _, folder = clip
     config = {"clip_score": {"model": folder}}
@@ -277,7 +275,7 @@ def test_sharded_scores(clip, mesh):
     plain = RewardSet(config)(images, prompts)["clip_score"][0]
     mesh = sharding.make_mesh(**mesh)
     with jax.set_mesh(mesh):
-        rewards = RewardSet(config, place=partial(sharding.place_params, mesh=mesh))
+        rewards = RewardSet(config, place=lambda params, rules: sharding.place_params(params, mesh, rules))
         sharded = rewards(sharding.shard_batch(images, mesh), prompts)["clip_score"][0]
     assert len(images) % 8 == 0
     np.testing.assert_allclose(plain, sharded, atol=1e-6)

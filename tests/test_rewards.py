@@ -349,7 +349,7 @@ def test_register(monkeypatch):
 
 def test_place_puts_parameters():
     placed = []
-    RewardSet({path("Scaled"): {}, path("Brightness"): {}, "jpeg": {}}, place=lambda params: placed.append(params))
+    RewardSet({path("Scaled"): {}, path("Brightness"): {}, "jpeg": {}}, place=lambda params, rules: placed.append(params))
     assert [list(params) for params in placed] == [["factor"]]
 
 

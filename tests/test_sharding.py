@@ -67,7 +67,7 @@ def iterate(folder, mesh):
             trajectory, schedule, cond, advantage, jnp.tile(jnp.arange(group), (prompts, 1)),
             jnp.tile(jnp.arange(steps - 1), (prompts * group, 1)), updates=1, microbatch=prompts * group)
         tx = optax.trace(decay=0.0)  # its state is the gradient
-        state = init_state(trainable, tx=tx, with_ema=False)
+        state = init_state(trainable, tx=tx, with_ema=False, rules=policy.sharding)
         state, _ = update(policy, tx, Objective(on_policy=True), state, frozen, {}, examples, 0)
     return {"images": images, "log_probs": trajectory.log_probs[:-1]}, state.opt_state.trace, state.trainable
 
@@ -125,14 +125,15 @@ def test_the_unet_is_the_same_on_every_mesh(unet, mesh):
     graphdef, params, inputs, (gradients, out) = unet
     mesh = sharding.make_mesh(**mesh)
     with jax.set_mesh(mesh):
-        found = unet_gradients(graphdef, sharding.place_params(params, mesh), sharding.shard_batch(inputs, mesh))
+        found = unet_gradients(graphdef, sharding.place_params(params, mesh, UNet2DConditionModel.SHARDING),
+                               sharding.shard_batch(inputs, mesh))
     assert_same({"out": found[1]}, {"out": out}, 1e-5)
     assert_same_gradients(found[0], gradients)
 
 
 def test_parameters_are_split():
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
-    spec = partial(sharding.param_spec, mesh=mesh)
+    spec = partial(sharding.param_spec, mesh=mesh, rules=sharding.row_parallel("to_out.0"))
     assert spec("blocks.stacked.attn.to_q.kernel", (3, 8, 8)) == P(None, "fsdp", "tensor")
     assert spec("blocks.stacked.attn.to_out.0.kernel", (3, 8, 8)) == P(None, "tensor", "fsdp")
     assert spec("blocks.stacked.attn.to_q.kernel", (3, 6, 8)) == P(None, None, "tensor")  # 6 does not divide by 4
@@ -173,7 +174,8 @@ def test_flux_with_tokens_and_heads_over_devices(flux, kernel, monkeypatch):
         monkeypatch.setattr(seam, "splash", partial(seam.splash, interpret=True))
     with jax.set_mesh(mesh):
         jax.clear_caches()  # the choice of kernel is no argument of the function
-        found = flux_gradients(graphdef, sharding.place_params(params, mesh), *sharding.shard_batch(flux_inputs(), mesh))
+        found = flux_gradients(graphdef, sharding.place_params(params, mesh, FluxTransformer2DModel.SHARDING),
+                               *sharding.shard_batch(flux_inputs(), mesh))
     assert_same({"out": found[1]}, {"out": out}, 1e-5)
     assert_same_gradients(found[0], gradients)
 

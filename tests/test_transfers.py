@@ -16,8 +16,8 @@ def test_no_implicit_transfers():
     mesh = sharding.make_mesh(*MESHES[1])
     tx, objective = optax.adamw(1e-3), Objective(ema_decay=0.9)
     with jax.set_mesh(mesh):
-        trainable, frozen = sharding.place_params(POLICY.init(), mesh)
-        state = init_state(trainable, tx=tx, with_ema=True)
+        trainable, frozen = sharding.place_params(POLICY.init(), mesh, POLICY.sharding)
+        state = init_state(trainable, tx=tx, with_ema=True, rules=POLICY.sharding)
         cond = sharding.shard_batch(POLICY.cond(PROMPTS), mesh)
         advantage, chosen, time_index, index, plan = sharding.replicate(
             (np.ones((PROMPTS, GROUP), np.float32), np.tile(np.arange(GROUP), (PROMPTS, 1)),

@@ -43,7 +43,7 @@ def gradient_of(trainable, frozen, pairs, objective=OBJECTIVE):
 
 
 def fresh(trainable, tx=SGD, with_ema=False):
-    return init_state(trainable, tx=tx, with_ema=with_ema)
+    return init_state(trainable, tx=tx, with_ema=with_ema, rules=POLICY.sharding)
 
 
 def assert_close(found, expected, atol):
@@ -332,7 +332,7 @@ def test_rollout_and_update_compile_once(mesh):
     before = [f._cache_size() for f in (rollout, make_examples, update)]
     with on_mesh(mesh):
         trainable, frozen = placed(policy, mesh)
-        state = init_state(trainable, tx=tx, with_ema=False)
+        state = init_state(trainable, tx=tx, with_ema=False, rules=policy.sharding)
         for i in range(3):
             schedule = sde.window(SCHEDULE, i, 3)
             trajectory = rollout(policy, state.trainable, frozen, policy.cond(PROMPTS), jax.random.key(i), schedule,

@@ -26,10 +26,11 @@ class GaussianPolicy:
 
 
 class MLPPolicy:
-    """A two-layer network on [x, time features, cond["text"]]; its parameter names match the sharding rules."""
+    """A two-layer network on [x, time features, cond["text"]]; its layers are split as a model's."""
 
     latent_shape = (2, 2, 3)
     text, hidden = 5, 32
+    sharding = sharding.row_parallel("fc2")
 
     def __init__(self, kernel="dance", prediction="velocity", eta=0.3):
         self.kernel, self.prediction, self.eta = kernel, prediction, eta
@@ -69,4 +70,4 @@ def on_mesh(shape):
 def placed(policy, mesh):
     """(trainable, frozen), on the mesh if there is one."""
     params = policy.init()
-    return sharding.place_params(params, sharding.make_mesh(*mesh)) if mesh else params
+    return sharding.place_params(params, sharding.make_mesh(*mesh), policy.sharding) if mesh else params

@@ -131,7 +131,8 @@ def abstract_rewards(config: dict, mesh) -> tuple[dict[str, DeviceReward], list[
             notes.append(f"reward {name!r} is not included: it runs on the host, or its network has no abstract form here")
             continue
         if reward.params:
-            reward.params = jax.tree.map(_sharded, reward.params, sharding.param_shardings(reward.params, mesh))
+            where = sharding.param_shardings(reward.params, mesh, reward.sharding)
+            reward.params = jax.tree.map(_sharded, reward.params, where)
         found[name] = reward
     return found, notes
 
@@ -270,8 +271,9 @@ def _compile_phases(run: Run, only: Sequence[str]) -> None:
     trainable, frozen = policy.abstract(lora_settings(config), mesh)
     tx = make_optimizer(config.optim, config.steps * config.grpo.updates_per_rollout)
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(partial(init_state, tx=tx, with_ema=bool(config.optim.ema_decay)), trainable)
-    state = jax.tree.map(_sharded, state, sharding.param_shardings(state, mesh))
+        state = jax.eval_shape(partial(init_state, tx=tx, with_ema=bool(config.optim.ema_decay), rules=policy.sharding),
+                               trainable)
+    state = jax.tree.map(_sharded, state, sharding.param_shardings(state, mesh, policy.sharding))
     reference = trainable if config.grpo.kl_beta else {}
     found, notes = abstract_rewards(config.rewards.to_dict(), mesh)
     run.notes += notes

@@ -3,10 +3,10 @@
 Conventions:
 
 * Attribute paths follow the diffusers / transformers key names, so conversion needs no per-model table
-  (`convert.py`): `kernel` is stored [in, out] (convolutions [kh, kw, in, out]), `scale` is a norm's weight.
+  (`convert.py`): `kernel` is stored [in, out] (convolutions [*spatial, in, out]), `scale` is a norm's weight.
 * Parameters are kept in their own dtype (fp32 masters) and cast to the dtype of the activations where they
   are used: the dtype of a model's input decides the compute dtype. Norm statistics are always fp32.
-* Images and feature maps are channels-last, [B, H, W, C].
+* Signals, images and videos are channels-last, [B, *spatial, C].
 * `Stack` holds n equal blocks as one block whose parameters have a leading layer axis, under the attribute
   `stacked`, and applies them with `lax.scan`: one block is compiled, whatever the depth.
 
@@ -69,45 +69,63 @@ class Linear(nnx.Module):
 
 
 def _convolve(x, kernel, stride, padding):
-    return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    axes = "DHW"[-len(stride):]
+    return jax.lax.conv_general_dilated(x, kernel, stride, padding, dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"))
+
+
+def _ones(kernel) -> tuple[int, ...]:
+    return (1,) * (kernel.ndim - 2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolve(x, kernel, padding):
-    """Convolution [B, H, W, Cin] x [h, w, Cin, Cout] of stride 1, whose gradients are convolutions of the same layout.
+    """Convolution [B, *spatial, Cin] x [*size, Cin, Cout] of stride 1, whose gradients are convolutions of the same layout.
 
-    jax's own rules swap axes by their labels only. In a loop XLA's CPU backend then takes its slowest path: the input's
-    gradient is 4 times as fast this way, the kernel's 68 times (docs/benchmarks.md).
+    One to three spatial axes, `padding` one (low, high) for each. jax's own rules swap axes by their labels only. In a loop
+    XLA's CPU backend then takes its slowest path: in 2-D the input's gradient is 4 times as fast this way, the kernel's
+    68 times (docs/benchmarks.md).
     """
-    return _convolve(x, kernel, 1, padding)
+    return _convolve(x, kernel, _ones(kernel), padding)
 
 
 def _convolve_backward(padding, saved, g):
     x, kernel = saved
-    whole = [(size - 1 - low, size - 1 - high) for size, (low, high) in zip(kernel.shape[:2], padding)]
-    of_x = _convolve(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), 1, whole)
-    of_kernel = _convolve(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), 1, padding)  # channels as samples
-    return of_x, of_kernel.transpose(1, 2, 0, 3)
+    whole = [(size - 1 - low, size - 1 - high) for size, (low, high) in zip(kernel.shape, padding)]
+    flipped = jnp.flip(kernel, tuple(range(len(padding)))).swapaxes(-2, -1)
+    of_x = _convolve(g, flipped, _ones(kernel), whole)
+    of_kernel = _convolve(x.swapaxes(0, -1), jnp.moveaxis(g, 0, -2), _ones(kernel), padding)  # channels as samples
+    return of_x, jnp.moveaxis(of_kernel, 0, -2)
 
 
-convolve.defvjp(lambda x, kernel, padding: (_convolve(x, kernel, 1, padding), (x, kernel)), _convolve_backward)
+convolve.defvjp(lambda x, kernel, padding: (_convolve(x, kernel, _ones(kernel), padding), (x, kernel)), _convolve_backward)
 
 
 class Conv(nnx.Module):
-    """2-D convolution, [B, H, W, Cin] -> [B, H', W', Cout]. `padding` is one int or ((top, bottom), (left, right))."""
+    """Convolution over one, two or three spatial axes, [B, *spatial, Cin] -> [B, *spatial', Cout].
 
-    def __init__(self, in_features: int, out_features: int, kernel_size: int, *, stride: int = 1, padding=0,
-                 use_bias: bool = True, rngs: nnx.Rngs):
-        shape = (kernel_size, kernel_size, in_features, out_features)
-        self.kernel = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), shape))
+    Args:
+      kernel_size: one entry per spatial axis; an int means two equal ones, an image's.
+      stride: int or one per axis.
+      padding: int or one (low, high) per axis, e.g. ((top, bottom), (left, right)).
+    Raises: ValueError if their lengths do not agree.
+    """
+
+    def __init__(self, in_features: int, out_features: int, kernel_size: int | tuple[int, ...], *,
+                 stride: int | tuple[int, ...] = 1, padding: int | tuple[tuple[int, int], ...] = 0, use_bias: bool = True,
+                 rngs: nnx.Rngs):
+        size = (kernel_size,) * 2 if isinstance(kernel_size, int) else tuple(kernel_size)
+        self.stride = (stride,) * len(size) if isinstance(stride, int) else tuple(stride)
+        self.padding = ((padding, padding),) * len(size) if isinstance(padding, int) else tuple(map(tuple, padding))
+        if len(size) not in (1, 2, 3) or not len(size) == len(self.stride) == len(self.padding):
+            raise ValueError(f"Conv: kernel_size={kernel_size}, stride={stride} and padding={padding} must agree in their "
+                             "number of axes, at most three")
+        self.kernel = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (*size, in_features, out_features)))
         if use_bias:
             self.bias = nnx.Param(jnp.zeros(out_features))
-        self.stride = stride
-        self.padding = ((padding, padding),) * 2 if isinstance(padding, int) else padding
 
     def __call__(self, x):
         kernel = self.kernel[...].astype(x.dtype)
-        y = convolve(x, kernel, self.padding) if self.stride == 1 else _convolve(x, kernel, self.stride, self.padding)
+        y = convolve(x, kernel, self.padding) if max(self.stride) == 1 else _convolve(x, kernel, self.stride, self.padding)
         return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
 

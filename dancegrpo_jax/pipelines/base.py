@@ -26,7 +26,7 @@ from dancegrpo_jax.models.layers import LoRAParam, merge, split
 from dancegrpo_jax.models.files.lora import add_lora, init_adapters
 from dancegrpo_jax.models.codecs.autoencoder_kl import AutoencoderKL
 from dancegrpo_jax.sde import Schedule
-from dancegrpo_jax.sharding import map_slices, place_params
+from dancegrpo_jax.sharding import Rules, map_slices, place_params
 
 _REGISTRY = {"flux": "dancegrpo_jax.pipelines.flux:FluxPolicy",
              "stable_diffusion": "dancegrpo_jax.pipelines.stable_diffusion:StableDiffusionPolicy"}
@@ -80,6 +80,11 @@ class Policy:
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.latent_shape = (height // scale, width // scale, self.vae.config.latent_channels)
 
+    @property
+    def sharding(self) -> Rules:
+        """The rules by which the denoiser's parameters lie on a mesh."""
+        return self.denoiser_class.SHARDING
+
     def part(self, name: str) -> Path:
         """The folder of one component. Raises: CheckpointError if it is missing."""
         path = self.folder / name
@@ -111,20 +116,21 @@ class Policy:
             add_lora(self.denoiser, lora["rank"], lora["alpha"], lora["targets"])
             self.lora_scale = lora["alpha"] / lora["rank"]
             self.graph, params, rest = split(self.denoiser, LoRAParam, ...)
-            frozen = {"denoiser": stored_in(self.dtype, rest, mesh)}
+            frozen = {"denoiser": stored_in(self.dtype, rest, mesh, self.sharding)}
         else:
             self.graph, params = split(self.denoiser)
             frozen = {"denoiser": {}}
         self.vae_graph, vae = split(self.vae)
-        frozen["vae"] = stored_in(self.dtype, vae, mesh)
+        frozen["vae"] = stored_in(self.dtype, vae, mesh, AutoencoderKL.SHARDING)
         frozen |= self.abstract_text(mesh) if text else {}
-        return stored_in(jnp.float32, params, mesh), frozen | {"negative": {}}
+        return stored_in(jnp.float32, params, mesh, self.sharding), frozen | {"negative": {}}
 
     def abstract_text(self, mesh=None) -> dict:
         """`load_text`'s result, of `jax.ShapeDtypeStruct`s."""
         texts = {name: split(model) for name, model in self.texts.items()}
         self.text_graphs = {name: graph for name, (graph, _) in texts.items()}
-        return {name: stored_in(self.dtype, params, mesh) for name, (_, params) in texts.items()}
+        rules = {name: model.SHARDING for name, _, model, _ in self.text_encoders()}
+        return {name: stored_in(self.dtype, params, mesh, rules[name]) for name, (_, params) in texts.items()}
 
     def load(self, lora: dict | None = None, seed: int = 0, mesh=None, *, text: bool = True) -> tuple[dict, dict]:
         """Streams the pipeline's weights to the devices: `(trainable, frozen)`.
@@ -144,7 +150,7 @@ class Policy:
         if lora:
             trainable = init_adapters(trainable, nnx.Rngs(seed))
             if mesh:
-                trainable = place_params(trainable, mesh)
+                trainable = place_params(trainable, mesh, self.sharding)
             frozen["denoiser"] = load_params(self.denoiser_class, folder, frozen["denoiser"])
         else:
             trainable = load_params(self.denoiser_class, folder, trainable)

@@ -37,6 +37,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dancegrpo_jax.sharding import Rules
+
 log = logging.getLogger(__name__)
 COMMON_OPTIONS = ("reward", "weight", "binary")  # read by RewardSet itself
 _REGISTRY: dict[str, Callable] = {}
@@ -97,10 +99,12 @@ class DeviceReward(Reward):
     """A reward computed on the accelerator.
 
     Subclasses implement `apply`, a pure function that is traced once per shape, and set `params` (arrays it needs,
-    a pytree) and `prepare` if the prompts matter. Errors while tracing are raised: they are mistakes in the program.
+    a pytree), `sharding` (the rules of the model that these belong to) and `prepare` if the prompts matter. Errors
+    while tracing are raised: they are mistakes in the program.
     """
 
     params = ()
+    sharding: Rules = ()
 
     def prepare(self, prompts: Sequence[str], metadata: Sequence | None):
         """On the host, once per prompt: a pytree of numpy arrays with leading axis P, e.g. token ids."""
@@ -277,8 +281,8 @@ class RewardSet:
         weight: factor of the advantage, any finite number; 0 means logged only, negative means avoided. Of a reward
         with several values `{component: factor}`: each becomes a reward "name.component" of its own.
         binary: `{"threshold": tau}` replaces the reward r by 1[r > tau].
-      place: puts the parameters of a device reward on the devices, `{name: array} -> {name: array}`, e.g.
-        `lambda p: jax.device_put(p, param_shardings(p, mesh))`.
+      place: puts the parameters {name: array} of a device reward on the devices by its `sharding`, e.g.
+        `lambda params, rules: place_params(params, mesh, rules)`.
       threads: of the pool that runs host rewards.
       timeout: seconds that `result` waits for each host reward; what is missing then is masked. None: for ever.
     Raises: ValueError for an unknown name or option, naming the nearest known one, or for a bad value.
@@ -316,8 +320,9 @@ class RewardSet:
             self.rewards[name].components = tuple(factors) if hasattr(weight, "items") else ()
             for label, factor in zip(self.rewards[name].names, factors.values()):
                 self.weights[label] = _number(factor, f"reward {label!r}: weight")
-            if place is not None and getattr(self.rewards[name], "params", None):
-                self.rewards[name].params = place(self.rewards[name].params)
+            reward = self.rewards[name]
+            if place is not None and isinstance(reward, DeviceReward) and reward.params:
+                reward.params = place(reward.params, reward.sharding)
 
     def submit(self, images, prompts: Sequence[str], metadata: Sequence | None = None) -> "Handle":
         """Starts scoring [P, G, H, W, 3] images in [0, 1] of P prompts and returns at once.

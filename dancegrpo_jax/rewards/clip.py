@@ -111,6 +111,8 @@ class ClipScore(DeviceReward):
     Raises: CheckpointError if there is no such model or tokenizer; ValueError for a wrong option.
     """
 
+    sharding = CLIPModel.SHARDING
+
     def __init__(self, model: str | os.PathLike, tokenizer: str | os.PathLike | None = None, architecture: str | None = None,
                  resize: str = "crop", antialias: bool = True, clean: str = "transformers", dtype: str = "float32"):
         for option, value, known in (("dtype", dtype, ("float32", "bfloat16")), ("resize", resize, RESIZE), ("clean", clean, CLEAN)):

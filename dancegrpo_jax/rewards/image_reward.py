@@ -28,6 +28,8 @@ class ImageReward(DeviceReward):
       config: sizes, for tests.
     """
 
+    sharding = Blip.SHARDING
+
     def __init__(self, model: str | os.PathLike = "THUDM/ImageReward/ImageReward.pt",
                  tokenizer: str | os.PathLike = "google-bert/bert-base-uncased", dtype: str = "float32",
                  config: BlipConfig = BlipConfig()):

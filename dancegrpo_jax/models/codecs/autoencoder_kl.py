@@ -14,6 +14,7 @@ from flax import nnx
 from dancegrpo_jax.models.conv_blocks import Downsample, ResnetBlock, Upsample
 from dancegrpo_jax.models.attention import attention, split_heads
 from dancegrpo_jax.models.layers import Conv, GroupNorm, Linear
+from dancegrpo_jax.sharding import row_parallel
 
 NORM_EPS = 1e-6
 
@@ -147,6 +148,7 @@ class AutoencoderKL(nnx.Module):
     """The autoencoder; h = H / 2^(len(block_out_channels) - 1), C = latent_channels."""
 
     Config = Config
+    SHARDING = row_parallel("to_out.0")
     # Stable Diffusion 1.x was released with these names of the mid-block attention.
     LEGACY_KEYS = tuple((rf"(.*\.mid_block\.attentions\.0)\.{old}\.(weight|bias)", rf"\1.{new}.\2") for old, new in
                         (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")))

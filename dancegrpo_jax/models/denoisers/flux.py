@@ -25,7 +25,7 @@ from dancegrpo_jax.models.layers import (
     gelu_tanh,
     timestep_embedding,
 )
-from dancegrpo_jax.sharding import BATCH, axis_size, constrain
+from dancegrpo_jax.sharding import BATCH, axis_size, constrain, row_parallel
 
 TOKENS = (BATCH, "seq", None)  # axes of activations [B, n, D]
 EPS = 1e-6  # of every normalisation in the model
@@ -35,6 +35,8 @@ ROPE_THETA = 10_000.0
 
 class FluxTransformer2DModel(nnx.Module):
     """Velocity prediction of FLUX.1 (dev with `guidance_embeds`, schnell without)."""
+
+    SHARDING = row_parallel("to_out.0", "to_add_out", "net.2", "proj_out", "linear_2")
 
     @dataclasses.dataclass(frozen=True)
     class Config:

@@ -15,6 +15,7 @@ from dancegrpo_jax.models.conv_blocks import Downsample, ResnetBlock, Upsample
 from dancegrpo_jax.models.attention import attention, split_heads
 from dancegrpo_jax.models.layers import (Conv, FeedForward, GroupNorm, LayerNorm, Linear, Stack, TimestepEmbedding, merge,
                                          rematerialise, split, timestep_embedding)
+from dancegrpo_jax.sharding import row_parallel
 
 TRANSFORMER_NORM_EPS = 1e-6  # the GroupNorm before a spatial transformer; `norm_eps` is that of every other GroupNorm
 
@@ -195,6 +196,7 @@ class UNet2DConditionModel(nnx.Module):
     """Predicts the noise (or v, as trained) in latents, given a time and text features."""
 
     Config = Config
+    SHARDING = row_parallel("to_out.0", "net.2", "proj_out", "linear_2")
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.config = config

@@ -11,7 +11,7 @@ from flax import nnx
 
 from dancegrpo_jax.models.attention import attention, split_heads
 from dancegrpo_jax.models.layers import Conv, Embedding, LayerNorm, Linear, Stack, gelu_erf
-from dancegrpo_jax.sharding import constrain_batch
+from dancegrpo_jax.sharding import constrain_batch, row_parallel
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,7 @@ class BlipTextModel(nnx.Module):
 class Blip(nnx.Module):
     """Both encoders: normalised pixels and text to the text's first token [B, D], which has seen the image."""
 
+    SHARDING = row_parallel("projection", "fc2", "output.dense")
     # ImageReward.pt's names (those of BLIP's own code) -> transformers'.
     LEGACY_KEYS = (
         (r"^blip\.visual_encoder\.", "vision_model."), (r"^blip\.text_encoder\.", "text_model."),

@@ -24,10 +24,11 @@ from dancegrpo_jax.models.layers import (
     Linear,
     Stack,
 )
-from dancegrpo_jax.sharding import constrain_batch
+from dancegrpo_jax.sharding import constrain_batch, row_parallel
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+SHARDING = row_parallel("out_proj", "fc2")  # of a tower
 
 
 def _drop_ignored(config: Mapping, *more: str) -> dict:
@@ -179,6 +180,7 @@ class CLIPTextModel(nnx.Module):
 
     Config = CLIPTextConfig
     TRANSFORMERS_NAME = "CLIPTextModel"
+    SHARDING = SHARDING
     LEGACY_KEYS = ((r"^text_model\.", ""),)  # files written before transformers 5, which are the released ones
     IGNORED_KEYS = (r"(text_model\.)?embeddings\.position_ids",)
 
@@ -239,6 +241,7 @@ class CLIPModel(nnx.Module):
 
     Config = CLIPConfig
     TRANSFORMERS_NAME = "CLIPModel"
+    SHARDING = SHARDING
     IGNORED_KEYS = (r"(text|vision)_model\.embeddings\.position_ids",)
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):

@@ -15,7 +15,7 @@ from flax import nnx
 from dancegrpo_jax.models.files.convert import TRANSFORMERS_METADATA
 from dancegrpo_jax.models.attention import attention, split_heads
 from dancegrpo_jax.models.layers import Embedding, Linear, RMSNorm, Stack, gelu_tanh
-from dancegrpo_jax.sharding import constrain_batch
+from dancegrpo_jax.sharding import constrain_batch, row_parallel
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     half, exact = buckets // 2, buckets // 4
-    far = np.log(np.maximum(np.abs(distance), 1).astype(np.float32) / exact) / np.float32(np.log(max_distance / exact))
+    # The reference's fp32 arithmetic, with a logarithm that is no ulp off: some distances are just at the edge of a bucket.
+    far = np.log(np.maximum(np.abs(distance), 1) / exact).astype(np.float32) / np.float32(np.log(max_distance / exact))
     far = exact + (far * (half - exact)).astype(np.int32)
     bucket = np.where(np.abs(distance) < exact, np.abs(distance), np.minimum(far, half - 1))
     return (bucket + half * (distance > 0)).astype(np.int32)
@@ -113,6 +114,8 @@ class T5EncoderModel(nnx.Module):
 
     Config = T5Config
     TRANSFORMERS_NAME = "T5EncoderModel"
+    # The position bias has a value for each head, and heads are what attention splits.
+    SHARDING = (*row_parallel("o", "wo"), (r".*\.relative_attention_bias\.embedding", (None, "tensor")))
     # Files keep the bias in block 0, which cannot be part of a stack of equal blocks, and may repeat the embeddings.
     LEGACY_KEYS = ((r"^encoder\.block\.0\.layer\.0\.SelfAttention\.(relative_attention_bias\.)", r"encoder.\1"),)
     IGNORED_KEYS = (r"encoder\.embed_tokens\.weight",)

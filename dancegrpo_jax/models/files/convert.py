@@ -2,7 +2,7 @@
 
 Because modules are built with the attribute paths of the released checkpoints (`layers.py`), one rule serves every
 model: a leading layer axis under `stacked` becomes an index in the name, `kernel` is transposed to torch's layout
-(Linear [out, in], Conv OIHW), and `kernel`, `scale`, `embedding` are all spelled `weight`.
+(Linear [out, in], convolutions [out, in, *spatial]), and `kernel`, `scale`, `embedding` are all spelled `weight`.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dancegrpo_jax.models.layers import Params, merge, split
-from dancegrpo_jax.sharding import param_shardings
+from dancegrpo_jax.sharding import Rules, param_shardings
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -87,10 +87,14 @@ def torch_names(name: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def _permuted(name: str, items: tuple) -> tuple:
-    """One entry per dimension of ours -> the same entries in the order of torch's dimensions."""
-    if not name.endswith(".kernel"):
+    """One entry per dimension of ours -> the same entries in the order of torch's dimensions.
+
+    Kernels of any rank, without a layer axis: [*spatial, in, out] -> [out, in, *spatial].
+    """
+    if name.split(".")[-1] != "kernel":
         return items
-    return items[::-1] if len(items) == 2 else tuple(items[i] for i in (3, 2, 0, 1))
+    *spatial, fan_in, fan_out = items
+    return fan_out, fan_in, *spatial
 
 
 def _to_torch_layout(name: str, array):
@@ -262,15 +266,16 @@ def read_json(path: str | os.PathLike) -> dict:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
 
 
-def stored_in(dtype, abstract: Params, mesh=None, *, within: tuple[str, ...] = ("",)) -> Params:
-    """`abstract` as it is to be loaded: matrices in `dtype`, norms, biases and all else fp32, placed by sharding's rules.
+def stored_in(dtype, abstract: Params, mesh=None, rules: Rules = (), *, within: tuple[str, ...] = ("",)) -> Params:
+    """`abstract` as it is to be loaded: matrices in `dtype`, norms, biases and all else fp32, placed by the rules.
 
     Args:
       dtype: of the kernels and embeddings whose names start with one of `within`. In the compute dtype they give the same
         numbers as fp32 ones, which every use would cast.
       mesh: None leaves the leaves without a sharding.
+      rules: the model's `SHARDING`.
     """
-    shardings = param_shardings(abstract, mesh) if mesh else dict.fromkeys(abstract)
+    shardings = param_shardings(abstract, mesh, rules) if mesh else dict.fromkeys(abstract)
 
     def leaf_dtype(name):
         return dtype if name.startswith(within) and name.endswith((".kernel", ".embedding")) else jnp.float32
