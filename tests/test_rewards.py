@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,11 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dancegrpo_jax import registry, sharding
+from dancegrpo_jax.data import Row, read_rows, rows_of
+from dancegrpo_jax.media import Media, from_images
 from dancegrpo_jax.models.encoders.clip import IMAGE_MEAN, IMAGE_STD, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from dancegrpo_jax.models.files.convert import save_model
-from dancegrpo_jax.rewards import DeviceReward, HostReward, RewardSet, base, build, register
-from dancegrpo_jax.rewards.base import BusyClock
+from dancegrpo_jax.rewards import DeviceReward, HostReward, RewardSet, build
+from dancegrpo_jax.rewards.batch import BusyClock
 from dancegrpo_jax.rewards.clip import preprocess
+from dancegrpo_jax.rewards.set import resolve
 from dancegrpo_jax.worlds import shapes
 from dancegrpo_jax.worlds.tokenizer import MAX_LENGTH, write_tokenizer
 from tests.pipelines import random_params
@@ -23,6 +29,7 @@ P, G = 3, 4
 PROMPTS = ["a", "bb", "ccc"]
 LEVELS = (np.arange(P * G, dtype=np.float32) * 20).reshape(P, G)  # the grey level of each image, 0 to 220
 IMAGES = np.broadcast_to(LEVELS[..., None, None, None] / 255, (P, G, 8, 6, 3))
+MEDIA, ROWS = from_images(IMAGES), rows_of(PROMPTS)
 
 
 # ------------------------------------------------------------------------------- user rewards, found by import path
@@ -73,9 +80,9 @@ class Scaled(DeviceReward):
     def __init__(self, factor: float = 2.0):
         self.params = {"factor": jnp.float32(factor)}
 
-    def prepare(self, prompts, metadata):
-        self.seen = list(prompts)
-        return np.array([len(prompt) for prompt in prompts], np.float32)
+    def prepare(self, rows):
+        self.seen = [row.prompt for row in rows]
+        return np.array([len(row.prompt) for row in rows], np.float32)
 
     def apply(self, params, images, text):
         return params["factor"] * images[..., 0, 0, 0] + text[:, None]
@@ -92,8 +99,9 @@ def path(name):
 
 def score(config, images=IMAGES, prompts=PROMPTS, metadata=None):
     rewards = RewardSet(config)
+    rows = [row._replace(fields=fields) for row, fields in zip(rows_of(prompts), metadata or [{}] * len(prompts))]
     try:
-        return rewards, rewards(images, prompts, metadata)
+        return rewards, rewards(from_images(images), rows)
     finally:
         rewards.close()
 
@@ -113,14 +121,15 @@ def test_every_image_meets_its_prompt():
 def test_a_reward_alone_keeps_the_contract():
     for name in ("jpeg", "color"):
         reward = build(name)
-        scores = reward(IMAGES, PROMPTS)
+        scores = reward(MEDIA, ROWS)
         assert list(scores) == ["reward"]
         values, ok = scores["reward"]
         assert values.shape == ok.shape == (P, G) and values.dtype == np.float32 and ok.all()
 
 
 def test_prompts_are_prepared_once_each():
-    rewards, _ = score({"scaled": {"reward": path("Scaled")}})
+    rewards = RewardSet({"scaled": {"reward": path("Scaled")}})
+    rewards(MEDIA, ROWS)
     assert rewards.rewards["scaled"].seen == PROMPTS
 
 
@@ -133,7 +142,7 @@ def test_an_exception_masks_its_samples_and_is_logged_once(caplog):
     rewards = RewardSet({"judge": {"reward": path("fails_for_bb")}, "b": {"reward": path("Brightness")}})
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            scores = rewards(IMAGES, PROMPTS)
+            scores = rewards(MEDIA, ROWS)
     values, ok = scores["judge"]
     np.testing.assert_array_equal(ok, [[True] * G, [False] * G, [True] * G])
     np.testing.assert_array_equal(values, LEVELS * ok)
@@ -175,10 +184,10 @@ def test_a_call_that_does_not_return_is_masked():
             return np.ones(len(images))
 
     rewards = RewardSet({}, timeout=0.3)
-    rewards.rewards, rewards.weights = {"stuck": Stuck()}, {"stuck": 1.0}
+    rewards.add("stuck", Stuck())
     start = time.monotonic()
     try:
-        _, ok = rewards(IMAGES, PROMPTS)["stuck"]
+        _, ok = rewards(MEDIA, ROWS)["stuck"]
         assert time.monotonic() - start < 20
         np.testing.assert_array_equal(ok, [[True] * G, [True] * G, [False] * G])
     finally:
@@ -187,12 +196,14 @@ def test_a_call_that_does_not_return_is_masked():
 
 def test_wrong_shapes_raise():
     rewards = RewardSet({"jpeg": {}})
-    with pytest.raises(ValueError, match="3 prompts, but 2 prompts"):
-        rewards.submit(IMAGES, PROMPTS[:2])
-    with pytest.raises(ValueError, match="1 metadata"):
-        rewards.submit(IMAGES, PROMPTS, [{}])
+    with pytest.raises(ValueError, match="3 prompts, but 2 rows"):
+        rewards.submit(MEDIA, ROWS[:2])
+    with pytest.raises(ValueError, match="3 prompts, but 1 rows"):
+        rewards.submit(MEDIA, [ROWS[0]])
     with pytest.raises(ValueError, match=r"\(4, 8, 6, 3\)"):
-        rewards.submit(IMAGES[0], PROMPTS)
+        rewards.submit(Media(IMAGES[0]), ROWS)
+    with pytest.raises(TypeError, match="Media, got ndarray; see media.from_images"):
+        rewards.submit(IMAGES, ROWS)
 
 
 def test_a_device_reward_of_the_wrong_shape_raises():
@@ -201,7 +212,7 @@ def test_a_device_reward_of_the_wrong_shape_raises():
             return images.sum()
 
     with pytest.raises(ValueError, match=r"shape \(\), expected \(3, 4\)"):
-        Total()(IMAGES, PROMPTS)
+        Total()(MEDIA, ROWS)
 
 
 # --------------------------------------------------------------------------------------------------- threads
@@ -219,15 +230,15 @@ def test_host_rewards_run_at_the_same_time_and_batches_overlap():
             return images[:, 0, 0, 0]
 
     rewards = RewardSet({}, threads=2 * P)
-    rewards.rewards, rewards.weights = {"meeting": Meeting()}, {"meeting": 1.0}
-    first, second = rewards.submit(IMAGES, PROMPTS), rewards.submit(IMAGES[:, ::-1], PROMPTS)
+    rewards.add("meeting", Meeting())
+    first, second = rewards.submit(MEDIA, ROWS), rewards.submit(from_images(IMAGES[:, ::-1]), ROWS)
     np.testing.assert_array_equal(second.result()["meeting"][0], LEVELS[:, ::-1])  # in any order
     np.testing.assert_array_equal(first.result()["meeting"][0], LEVELS)
 
 
 def test_busy_seconds_count_parallel_calls_once(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("dancegrpo_jax.rewards.base.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dancegrpo_jax.rewards.batch.time.monotonic", lambda: now[0])
     clock = BusyClock()
     with clock:
         now[0] = 2.0
@@ -248,8 +259,8 @@ def test_submit_does_not_wait_for_host_rewards():
             return np.ones(len(images))
 
     rewards = RewardSet({"b": {"reward": path("Brightness")}})
-    rewards.rewards["slow"], rewards.weights["slow"] = Slow(), 1.0
-    handle = rewards.submit(IMAGES, PROMPTS)  # would fail in `release.wait` if it waited
+    rewards.add("slow", Slow())
+    handle = rewards.submit(MEDIA, ROWS)  # would fail in `release.wait` if it waited
     release.set()
     assert all(ok.all() for _, ok in handle.result().values())
 
@@ -291,7 +302,7 @@ def test_binary(name):
 def test_components_become_rewards():
     rewards = RewardSet({"two": {"reward": path("two_components"), "weight": {"level": 1.0, "count": -0.5}},
                          "device": {"reward": path("TwoComponents"), "weight": {"half": 2}}})
-    scores = rewards(IMAGES, PROMPTS)
+    scores = rewards(MEDIA, ROWS)
     assert rewards.weights == {"two.level": 1.0, "two.count": -0.5, "device.half": 2.0}
     assert list(scores) == ["two.level", "two.count", "device.half"]
     np.testing.assert_array_equal(scores["two.level"][0], LEVELS)
@@ -302,7 +313,7 @@ def test_components_become_rewards():
 
 def test_a_component_that_is_missing_masks_and_says_so(caplog):
     rewards = RewardSet({"two": {"reward": path("two_components"), "weight": {"VQ": 1.0}}})
-    assert not rewards(IMAGES, PROMPTS)["two.VQ"][1].any()
+    assert not rewards(MEDIA, ROWS)["two.VQ"][1].any()
     assert "no component VQ; there are level, count" in caplog.text
 
 
@@ -334,23 +345,28 @@ def test_bad_configs_raise(config, message):
         RewardSet(config)
 
 
+def white(images, prompts):
+    return images.min((1, 2, 3)) == 255
+
+
 def test_register(monkeypatch):
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
-
-    @register("white")
-    def white(images, prompts):
-        return images.min((1, 2, 3)) == 255
-
+    monkeypatch.setitem(registry.REWARDS, "white", path("white"))
     _, scores = score({"white": {}}, np.ones_like(IMAGES))
     np.testing.assert_array_equal(scores["white"][0], np.ones((P, G)))
-    with pytest.raises(ValueError, match="registered twice"):
-        register("white")(white)
 
 
-def test_place_puts_parameters():
-    placed = []
-    RewardSet({path("Scaled"): {}, path("Brightness"): {}, "jpeg": {}}, place=lambda params: placed.append(params))
-    assert [list(params) for params in placed] == [["factor"]]
+def test_registered_names():
+    """All can be imported, and reading them imports nothing: a config is checked before jax is loaded."""
+    assert all(resolve(name) for name in registry.REWARDS)
+    program = "import sys, dancegrpo_jax.registry; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_mesh_places_parameters():
+    mesh = sharding.make_mesh(fsdp=2, data=4)
+    rewards = RewardSet({path("Scaled"): {}, path("Brightness"): {}, "jpeg": {}}, mesh)
+    assert [list(params) for params in rewards.params.values()] == [["factor"], []]
+    assert rewards.params[path("Scaled")]["factor"].sharding.mesh == mesh
 
 
 # --------------------------------------------------------------------------------------------- built-in rewards
@@ -429,10 +445,10 @@ def test_clip_score(clip_folder):
     assert ok.all()
     np.testing.assert_allclose(values, np.stack([cosines[i, :, i] for i in range(P)]), atol=1e-6)
     low = build("clip_score", {"model": clip_folder, "dtype": "bfloat16"})
-    program = str(jax.make_jaxpr(low.apply)(low.params, images, low.prepare(prompts, None))).splitlines()
+    program = str(jax.make_jaxpr(low.apply)(low.params, images, low.prepare(rows_of(prompts)))).splitlines()
     towers = [line for line in program if "= scan[" in line]
     assert len(towers) == 2 and all("bf16" in line for line in towers)
-    low = low(images, prompts)["reward"][0]
+    low = low(from_images(images), rows_of(prompts))["reward"][0]
     assert low.dtype == jnp.float32 and 1e-5 < np.abs(low - values).max() < 0.02
 
 
