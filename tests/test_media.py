@@ -33,7 +33,8 @@ def test_a_grid_of_media_shows_first_frames():
     clip = np.zeros((2, 3, 4, 16, 16, 3), np.float32)
     clip[:, :, 0] = 0.5  # the other frames are black
     grid = m.image_grid(m.Media(clip), ["a", "b"], scale=8)
-    np.testing.assert_array_equal(np.asarray(grid), np.asarray(m.image_grid(np.full((2, 3, 16, 16, 3), 128, np.uint8), ["a", "b"], scale=8)))
+    expected = m.image_grid(np.full((2, 3, 16, 16, 3), 128, np.uint8), ["a", "b"], scale=8)
+    np.testing.assert_array_equal(np.asarray(grid), np.asarray(expected))
 
 
 def test_pictures_are_clips_of_one_frame():

@@ -12,7 +12,7 @@ import pytest
 from dancegrpo_jax.data import rows_of
 from dancegrpo_jax.media import from_images
 from dancegrpo_jax.rewards import RewardSet, build
-from dancegrpo_jax.rewards.remote import Client, RemoteError
+from dancegrpo_jax.rewards.remote import Client, RemoteError, png
 from launch.serve_reward import make_server
 
 IMAGES = np.random.default_rng(0).random((2, 4, 8, 8, 3), dtype=np.float32)
@@ -210,6 +210,45 @@ def test_served_rewards_are_the_rewards(monkeypatch):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def tagged(images, prompts, metadata):
+    return [fields["tag"] + len(fields) for fields in metadata]
+
+
+def test_fields_of_a_row_reach_the_server(serve):
+    """What JSON can hold is sent and arrives as metadata of the served reward; pictures and files stay."""
+    fields = {"tag": np.int64(5), "boxes": [[1, 2]], "image": np.zeros((2, 2)), "file": b"x", "score": float("nan")}
+    rows = [row._replace(fields=fields if row.index == 0 else {"tag": 40.0}) for row in ROWS]
+    server = serve(lambda path, payload, count: scored(payload))
+    RewardSet({"remote": {"url": server.url}})(MEDIA, rows)
+    sent = {item["prompt"]: item["metadata"] for _, payload in server.requests for item in payload["items"]}
+    assert sent == {PROMPTS[0]: {"tag": 5, "boxes": [[1, 2]]}, PROMPTS[1]: {"tag": 40.0}}
+
+    ours = make_server({"tagged": {"reward": f"{__name__}:tagged"}})
+    threading.Thread(target=ours.serve_forever, daemon=True).start()
+    try:
+        client = RewardSet({"remote": {"url": f"http://127.0.0.1:{ours.server_port}"}})
+        values, ok = client(MEDIA, rows)["remote"]
+        assert ok.all()
+        np.testing.assert_array_equal(values, [[7] * 4, [41] * 4])
+        item = {"id": "0", "prompt": "x", "media": [{"b64": png(np.zeros((2, 2, 3), np.uint8))}], "metadata": [1]}
+        answer = client.rewards["remote"].client.post("/v1/score", {"items": [item]})["results"][0]
+        assert not answer["ok"] and "metadata is [1], expected an object" in answer["detail"]
+    finally:
+        ours.shutdown()
+        ours.server_close()
+
+
+def test_a_server_may_give_one_score_and_several(serve):
+    def respond(path, payload, count):
+        results = [{"id": item["id"], "score": 2.0, "scores": {"a": 3.0, "b": 4.0}} for item in payload["items"]]
+        return 200, json.dumps({"results": results}).encode()
+
+    url = serve(respond).url
+    scores = RewardSet({"one": {"reward": "remote", "url": url},
+                        "two": {"reward": "remote", "url": url, "weight": {"b": 1.0}}})(MEDIA, ROWS)
+    assert list(scores) == ["one", "two.b"] and (scores["one"][0] == 2).all() and (scores["two.b"][0] == 4).all()
 
 
 def test_tokens_stay_out_of_sight(serve, monkeypatch, caplog):

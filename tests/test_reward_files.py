@@ -425,6 +425,11 @@ def test_score_command(clip, tmp_path, capsys):
         for name, (values, _) in RewardSet(json.loads(rewards))(from_images(image[None, None]), rows_of([prompt])).items():
             np.testing.assert_allclose(float(row[name]), np.asarray(values)[0, 0], atol=1e-6)
     assert "clip_score" in capsys.readouterr().out
+    lines = [{"path": f"{i}.png", "prompt": p, "count": i + 1, "more": 10} for i, p in enumerate(prompts)]
+    (tmp_path / "index.jsonl").write_text("\n".join(map(json.dumps, lines)))  # other fields arrive as metadata
+    counted = '--rewards={"n": {"reward": "tests.test_rewards:counted"}}'
+    assert score.main([*argv[:2], counted, *argv[3:]]) == 0
+    assert [float(row["n"]) for row in csv.DictReader((tmp_path / "out.csv").open())] == [11, 12, 13]
     (tmp_path / "index.jsonl").write_text('{"file": "9.png", "prompt": "x"}\n')
     assert score.main(argv) == 2 and "9.png: no such image" in capsys.readouterr().err
     (tmp_path / "index.jsonl").write_text('{"file": "9.png"}\n')

@@ -116,12 +116,12 @@ class DeviceReward(Reward):
         raise NotImplementedError
 
     def signature(self):
-        """What `apply` depends on besides its arguments: rewards of equal signature share a compiled function; None: with none."""
+        """What `apply` depends on besides its arguments: equal signatures share a compiled function; None: no sharing."""
         return
 
     @classmethod
     def abstract(cls, options: Mapping, mesh) -> "DeviceReward | None":
-        """The reward with `jax.ShapeDtypeStruct`s for parameters, made without weights and tokenizer; None: it has no such form."""
+        """The reward with `jax.ShapeDtypeStruct`s for parameters, without weights and tokenizer; None: there is no such form."""
         return None
 
     def scorer(self, use: Use) -> Callable:
@@ -249,7 +249,7 @@ class HostReward(Reward):
             # Processes exchange what they must in the order of the rows, and in this thread: no two exchanges may cross.
             for row in waiting:
                 group = batch.gather(row)
-                if batch.owner[row, 0] == jax.process_index():
+                if batch.scorer(row) == jax.process_index():
                     jobs.append(start(row, np.arange(batch.shape[1]), lambda group=group: group))
             values, ok = _collect(jobs, (len(use.names), *batch.shape), timeout, report)
             if jax.process_count() > 1:  # every process scored its own samples; the rest of its arrays is 0

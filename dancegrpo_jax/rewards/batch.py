@@ -15,7 +15,6 @@ from dancegrpo_jax import sharding
 from dancegrpo_jax.data import Row
 from dancegrpo_jax.media import Media, quantise
 
-
 _CUT = "pixels {} are cut within a sample ({}); only [P, G] may be split over devices"
 
 
@@ -152,13 +151,21 @@ class Batch:
         """Prompts whose samples are scored by several processes: the same list on each."""
         return [row for row, owner in enumerate(self.owner) if len(set(owner.tolist())) > 1]
 
+    def scorer(self, row: int) -> int:
+        """The process that scores a prompt as a whole: its owners take turns."""
+        processes = sorted(set(self.owner[row].tolist()))
+        return processes[row % len(processes)]
+
     def samples(self, row: int, columns: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """(uint8 [n, F, H, W, 3], finite bool [n]) of samples of one prompt that this process scores; waits for the device."""
         return tuple(np.stack([next(part for part in parts if (row, int(g)) in part)[row, int(g)] for g in columns])
                      for parts in self._parts)
 
     def gather(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `samples`, of the whole group of a prompt, from all processes, which must all call this in the same order."""
+        """As `samples`, of the whole group of a prompt, from all processes, which must all call this in the same order.
+
+        The exchange itself goes over the devices' network: one group at a time, which leaves the devices at once.
+        """
         shape = self.shape[1], *self.quantised[0].shape[2:]
         pixels, finite = np.zeros(shape, np.uint8), np.zeros(shape[0], np.uint8)
         columns = self.mine().get(row, ())
