@@ -551,6 +551,9 @@ class Loaded(DeviceReward):
         Loaded.loads += 1
         self.params = {"w": jnp.full((size,), 2.0)}
 
+    def signature(self):
+        return type(self)  # its compiled function outlives it
+
     def apply(self, params, images, text):
         return {"mean": images.mean((2, 3, 4)) * params["w"][0], "zero": images[..., 0, 0, 0] * 0}
 
@@ -665,6 +668,7 @@ def test_an_abstract_set_compiles_without_files():
 
     def call(name, function, *args, **kwargs):
         names.append(name)
+        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))  # nothing is on devices
         traced = function.trace(*args, **kwargs)
         if name not in small:  # of the big ones only the shapes
             return traced.out_info

@@ -121,7 +121,7 @@ class DeviceReward(Reward):
 
     @classmethod
     def abstract(cls, options: Mapping, mesh) -> "DeviceReward | None":
-        """The reward with `jax.ShapeDtypeStruct`s for parameters, without weights and tokenizer; None: there is no such form."""
+        """The reward with `jax.ShapeDtypeStruct`s for parameters, without weights and tokenizer; None: it has none."""
         return None
 
     def scorer(self, use: Use) -> Callable:
