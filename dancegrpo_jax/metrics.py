@@ -1,28 +1,25 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events, one line per iteration, image grids, its config.
+"""What a run leaves to read: metrics.jsonl, TensorBoard events, one line per iteration, its config.
 
 On a pod only process 0 writes and prints; the calls are the same everywhere.
 """
 
-import functools
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import sys
-import textwrap
 import time
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from dancegrpo_jax.config import ConfigError, flatten
 
@@ -65,7 +62,7 @@ def start_run_dir(run_dir, config: ConfigDict) -> Path:
 
 def _compare(folder: Path, theirs: Mapping, mine: Mapping) -> None:
     names = [name for name in sorted(theirs.keys() | mine.keys()) if theirs.get(name) != mine.get(name)
-             and not any(name == key or (key.endswith(".") and name.startswith(key)) for key in CHANGEABLE)]
+             and not any(name == key or key.endswith(".") and name.startswith(key) for key in CHANGEABLE)]
     if names:
         listed = ", ".join(f"{name} ({json.dumps(theirs.get(name))} there, {json.dumps(mine.get(name))} now)"
                            for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -360,53 +357,3 @@ class Progress:
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-# ------------------------------------------------------------------------------------------ pictures
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """matplotlib's: Pillow's own has letters for English only, and prompts need more."""
-    import matplotlib
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
-
-
-def image_grid(images, captions: Sequence[str], scores=None, scale: int | None = None) -> Image.Image:
-    """One row per prompt: its caption, then its samples with their rewards underneath.
-
-    Args:
-      images: uint8 [P, n, H, W, 3]. captions: P strings. scores: [P, n] numbers, NaN where there is none.
-      scale: integer enlargement without smoothing; None makes the longer side at least 128 pixels.
-    Raises: ValueError for other shapes or dtypes.
-    """
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 5 or images.shape[-1] != 3 or len(captions) != len(images):
-        raise ValueError(f"image_grid: images must be uint8 [P, n, H, W, 3] with P captions, got {images.dtype} "
-                         f"{images.shape} and {len(captions)} captions")
-    rows, columns, height, width, _ = images.shape
-    if scores is not None and np.shape(scores) != (rows, columns):
-        raise ValueError(f"image_grid: scores must be [{rows}, {columns}], got {np.shape(scores)}")
-    scale = scale or max(1, math.ceil(128 / max(height, width)))
-    height, width, gap, font = height * scale, width * scale, 8, _font(13)
-    line, label = 18, 18 if scores is not None else 0
-    letters = max(10, int(columns * (width + gap) / font.getlength("n")))
-    wrapped = [textwrap.wrap(" ".join(str(text).split()), letters, max_lines=2, placeholder=" ...") or [""]
-               for text in captions]
-    total_height = sum(len(text) * line + height + label + 2 * gap for text in wrapped) + gap
-    canvas = Image.new("RGB", (columns * (width + gap) + gap, total_height), "white")
-    draw, y = ImageDraw.Draw(canvas), gap
-    for row, text in enumerate(wrapped):
-        for part in text:
-            draw.text((gap, y), part, "black", font)
-            y += line
-        for column in range(columns):
-            x = gap + column * (width + gap)
-            picture = Image.fromarray(images[row, column]).resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(picture, (x, y))
-            if scores is not None:
-                score = float(scores[row][column])
-                draw.text((x + width // 2, y + height + label // 2), f"{score:.3f}" if math.isfinite(score) else "-",
-                          "black", font, anchor="mm")
-        y += height + label + 2 * gap
-    return canvas

@@ -1,7 +1,8 @@
-"""Scores images with any rewards: `python launch/score.py --index=samples/index.jsonl --rewards='{"hps": {}}' --out=scores.csv`.
+"""Scores images with any rewards: `python launch/score.py --index=samples/index.jsonl --rewards='{"hps": {}}' --out=s.csv`.
 
 The index names images and prompts, one JSON object a line with `file` (or `path`, relative to the index) and `prompt`:
-what `launch/sample.py` writes. A folder of images in place of the index scores them with `--prompt` for all.
+what `launch/sample.py` writes; its other fields reach the rewards as metadata. A folder of images in place of the index
+scores them with `--prompt` for all.
 """
 
 import argparse
@@ -15,19 +16,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def read_index(path: str, prompt: str) -> list[tuple[Path, str]]:
-    """(image, prompt) pairs of an index file, or of a folder. Raises: ValueError naming file and line."""
+def read_index(path: str, prompt: str) -> list[tuple]:
+    """(image Path, data.Row) pairs of an index file, or of a folder. Raises: ValueError naming file and line."""
+    from dancegrpo_jax.data import Row
+
     path = Path(path)
     if path.is_dir():
-        items = [(file, prompt) for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES]
+        files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES]
+        items = [(file, Row(i, prompt, {})) for i, file in enumerate(files)]
     else:
         items = []
         for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                items.append((path.parent / (row.get("file") or row["path"]), row["prompt"]))
+                fields = json.loads(line)
+                file, prompt = path.parent / (fields.get("file") or fields["path"]), fields.pop("prompt")
+                items.append((file, Row(len(items), prompt, fields)))
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"{path}:{i}: expected {{\"file\": ..., \"prompt\": ...}} ({error!r})") from error
     missing = [file for file, _ in items if not file.exists()]
@@ -43,9 +48,9 @@ def score(args: argparse.Namespace) -> dict[str, float]:
     from PIL import Image
     from tqdm import tqdm
 
-    import dancegrpo_jax.rewards  # noqa: F401 (registers them)
     from dancegrpo_jax import sharding
-    from dancegrpo_jax.rewards.base import RewardSet
+    from dancegrpo_jax.media import read_images
+    from dancegrpo_jax.rewards import RewardSet
 
     try:
         config = json.loads(args.rewards)
@@ -60,14 +65,15 @@ def score(args: argparse.Namespace) -> dict[str, float]:
             by_size[image.size].append(i)
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh), tqdm(total=len(items), unit="image") as bar:
-        rewards = RewardSet(config, place=lambda params, rules: sharding.place_params(params, mesh, rules))
+        rewards = RewardSet(config, mesh)
         found = {name: np.full(len(items), np.nan) for name in rewards.weights}
         for indices in by_size.values():
             for start in range(0, len(indices), args.batch):
                 part = indices[start:start + args.batch]
                 padded = part + part[-1:] * (args.batch - len(part))
-                images = np.stack([np.asarray(Image.open(items[i][0]).convert("RGB"), np.float32) / 255 for i in padded])
-                scores = rewards(sharding.shard_batch(images[:, None], mesh), [items[i][1] for i in padded])
+                media = read_images([items[i][0] for i in padded])
+                media = media._replace(pixels=sharding.shard_batch(media.pixels, mesh))
+                scores = rewards(media, [items[i][1] for i in padded])
                 for name, (values, ok) in scores.items():
                     values, ok = np.asarray(values)[:len(part), 0], np.asarray(ok)[:len(part), 0]
                     found[name][part] = np.where(ok, values, np.nan)
@@ -76,7 +82,7 @@ def score(args: argparse.Namespace) -> dict[str, float]:
         with open(args.out, "w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(["file", "prompt", *found])
-            writer.writerows([file, prompt, *(found[name][i] for name in found)] for i, (file, prompt) in enumerate(items))
+            writer.writerows([file, row.prompt, *(found[name][i] for name in found)] for i, (file, row) in enumerate(items))
     means = {}
     print(f"{'reward':24} {'mean':>10} {'stderr':>10} {'scored':>8}")
     for name, values in found.items():

@@ -2,8 +2,9 @@
 
 A run elsewhere then names `{"hps": {"reward": "remote", "url": "http://host:8900", "scorer": "hps"}}`. The protocol is JSON:
 `POST /v1/score {"reward": name, "items": [{"id", "prompt", "media": [{"b64": image}], "metadata"}]}` answers
-`{"results": [{"id", "score", "ok"}]}`, with `"scores": {component: number}` where a reward has several; `GET /healthz` and `GET /v1/info` tell whether and what it serves. It listens on
-the loopback interface unless `--host` says otherwise; `--token=NAME` demands the bearer token in that environment variable.
+`{"results": [{"id", "score", "ok"}]}`, with `"scores": {component: number}` where a reward has several; `GET /healthz` and
+`GET /v1/info` tell whether and what it serves. It listens on the loopback interface unless `--host` says otherwise; `--token=NAME` demands the bearer
+token in that environment variable.
 """
 
 import argparse
@@ -25,8 +26,9 @@ def make_server(rewards: dict, host: str = "127.0.0.1", port: int = 0, token: st
     import numpy as np
     from PIL import Image
 
-    import dancegrpo_jax.rewards  # noqa: F401 (registers them)
-    from dancegrpo_jax.rewards.base import RewardSet
+    from dancegrpo_jax.data import Row
+    from dancegrpo_jax.media import from_images
+    from dancegrpo_jax.rewards import RewardSet
 
     if token and not os.environ.get(token):
         raise ValueError(f"--token={token}: this environment variable is not set")
@@ -41,10 +43,11 @@ def make_server(rewards: dict, host: str = "127.0.0.1", port: int = 0, token: st
         for item in request["items"]:  # one by one: they may differ in size, and one bad image harms no other
             try:
                 image = Image.open(io.BytesIO(base64.b64decode(item["media"][0]["b64"], validate=True))).convert("RGB")
-                metadata = [item["metadata"]] if "metadata" in item else None
-                pixels = np.asarray(image, np.float32)[None, None] / np.float32(255)
+                row = Row(0, item["prompt"], item.get("metadata") or {})
+                if not isinstance(row.fields, dict):
+                    raise ValueError(f"metadata is {row.fields!r}, expected an object")
                 found = {label.removeprefix(f"{name}."): float(np.asarray(values)[0, 0]) if np.asarray(ok)[0, 0] else None
-                         for label, (values, ok) in sets[name](pixels, [item["prompt"]], metadata).items()}
+                         for label, (values, ok) in sets[name](from_images(np.asarray(image)[None, None]), [row]).items()}
                 scores = {"score": found[name]} if name in found else {"scores": found}
                 results.append({"id": item["id"], "ok": any(value is not None for value in found.values())} | scores)
             except Exception as error:

@@ -1,4 +1,4 @@
-"""Run folder, metric files, resume, progress line, image grids."""
+"""Run folder, metric files, resume, progress line."""
 
 import importlib.util
 import io
@@ -212,25 +212,3 @@ def test_progress_is_one_informative_line():
                  "4 s (rollout 2 update 1.5)"):
         assert text in second, second
     assert third.startswith("[ 13/120]")
-
-
-def test_image_grid():
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (2, 3, 16, 32, 3), dtype=np.uint8)
-    captions = ["a red circle above a grün square " * 9, "b"]
-    grid = m.image_grid(images, captions, np.array([[0.1, np.nan, 3], [1, 2, 3]]))
-    array = np.asarray(grid)
-    assert array.shape[1] == 3 * (32 * 4 + 8) + 8  # enlarged 4 times, without smoothing
-    enlarged = images.repeat(4, 2).repeat(4, 3)
-    places = []
-    for row in range(2):
-        for column in range(3):
-            strip = array[:, 8 + 136 * column:8 + 136 * column + 128]
-            places += [(row, y) for y in range(len(strip)) if np.array_equal(strip[y:y + 64], enlarged[row, column])]
-    assert len(places) == 6 and len(set(places)) == 2  # every image is there once, rows aligned
-    assert (array[8:40] < 128).any() and places[0][1] >= 8 + 2 * 18  # a long caption takes two lines above its row
-    assert m.image_grid(images, captions, None, scale=1).width == 3 * 40 + 8
-    for wrong in ((images.astype(np.float32), captions, None), (images, ["one"], None),
-                  (images, captions, np.zeros((3, 2)))):
-        with pytest.raises(ValueError, match="image_grid"):
-            m.image_grid(*wrong)

@@ -9,12 +9,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from dancegrpo_jax.rewards.base import RewardSet, build
-from dancegrpo_jax.rewards.remote import Client, RemoteError
+from dancegrpo_jax.data import rows_of
+from dancegrpo_jax.media import from_images
+from dancegrpo_jax.rewards import RewardSet, build
+from dancegrpo_jax.rewards.remote import Client, RemoteError, png
 from launch.serve_reward import make_server
 
 IMAGES = np.random.default_rng(0).random((2, 4, 8, 8, 3), dtype=np.float32)
 PROMPTS = ["a red circle", "two blue squares"]
+MEDIA, ROWS = from_images(IMAGES), rows_of(PROMPTS)
 FAST = {"timeout": 0.5, "retries": 2}
 
 
@@ -108,7 +111,7 @@ def first(bad):
 def test_passing_faults_are_retried(serve, bad):
     server = serve(first(bad))
     rewards = RewardSet({"remote": {"url": server.url, **FAST}})
-    values, ok = rewards(IMAGES, PROMPTS)["remote"]
+    values, ok = rewards(MEDIA, ROWS)["remote"]
     assert ok.all() and len(server.requests) == 3
     np.testing.assert_array_equal(values, [[0, 1, 2, 3]] * 2)
 
@@ -120,7 +123,7 @@ def test_lasting_faults_mask_one_group(serve, bad):
     server = serve(lambda path, payload, count: bad if payload["items"][0]["prompt"] == PROMPTS[0] else scored(payload))
     rewards = RewardSet({"remote": {"url": server.url, **FAST}})
     start = time.monotonic()
-    values, ok = rewards(IMAGES, PROMPTS)["remote"]
+    values, ok = rewards(MEDIA, ROWS)["remote"]
     assert time.monotonic() - start < 10
     np.testing.assert_array_equal(ok, [[False] * 4, [True] * 4])
     assert not values[0].any() and rewards.failures == {"remote": 4}
@@ -129,7 +132,7 @@ def test_lasting_faults_mask_one_group(serve, bad):
 def test_single_items_may_fail(serve):
     odd = [{"id": "0", "score": 1.0, "ok": True}, {"id": "2", "score": 5.0, "ok": False}, {"id": "1", "score": None}, {"id": "3", "score": 3}]
     server = serve(lambda *args: (200, json.dumps({"results": odd}).encode()))
-    values, ok = RewardSet({"remote": {"url": server.url}})(IMAGES, PROMPTS)["remote"]
+    values, ok = RewardSet({"remote": {"url": server.url}})(MEDIA, ROWS)["remote"]
     np.testing.assert_array_equal(ok, [[True, False, False, True]] * 2)
     np.testing.assert_array_equal(values, [[1, 0, 0, 3]] * 2)
 
@@ -154,13 +157,13 @@ def test_connection_refused_and_a_server_that_comes_back(serve):
     server = serve(lambda path, payload, count: scored(payload))
     url, port = server.url, server.http.server_port
     rewards = RewardSet({"remote": {"url": url, **FAST, "cooldown": 0.0}})
-    assert rewards(IMAGES, PROMPTS)["remote"][1].all()
+    assert rewards(MEDIA, ROWS)["remote"][1].all()
     server.close()
-    assert not rewards(IMAGES, PROMPTS)["remote"][1].any() and rewards.failures["remote"] == 8
+    assert not rewards(MEDIA, ROWS)["remote"][1].any() and rewards.failures["remote"] == 8
     again = make_server({"color": {}}, port=port)
     threading.Thread(target=again.serve_forever, daemon=True).start()
     try:
-        assert rewards(IMAGES, PROMPTS)["remote"][1].all()
+        assert rewards(MEDIA, ROWS)["remote"][1].all()
     finally:
         again.shutdown()
         again.server_close()
@@ -191,29 +194,68 @@ def test_served_rewards_are_the_rewards(monkeypatch):
     server = make_server({"color": {}, "jpeg": {"quality": 50}, "two": two}, token="JUDGE_TOKEN")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    images = np.round(IMAGES * 255) / np.float32(255)
+    media = from_images(np.round(IMAGES * 255) / np.float32(255))
     try:
         config = {name: {"reward": "remote", "url": url, "scorer": name, "token": "JUDGE_TOKEN"} for name in ("color", "jpeg")}
         config["two"] = {"reward": "remote", "url": url, "scorer": "two", "token": "JUDGE_TOKEN", "weight": {"level": 1.0}}
-        remote = RewardSet(config)(images, PROMPTS)
-        local = RewardSet({"color": {}, "jpeg": {"quality": 50}, "two": two})(images, PROMPTS)
+        remote = RewardSet(config)(media, ROWS)
+        local = RewardSet({"color": {}, "jpeg": {"quality": 50}, "two": two})(media, ROWS)
         assert list(remote) == ["color", "jpeg", "two.level"]
         for name, (values, ok) in remote.items():
             assert ok.all()
             np.testing.assert_allclose(values, np.asarray(local[name][0]), atol=1e-6)
         for options in ({}, {"token": "JUDGE_TOKEN", "scorer": "nothing"}):
             rewards = RewardSet({"remote": {"url": url, **options}})
-            assert not rewards(images, PROMPTS)["remote"][1].any() and rewards.failures == {"remote": 8}
+            assert not rewards(media, ROWS)["remote"][1].any() and rewards.failures == {"remote": 8}
     finally:
         server.shutdown()
         server.server_close()
+
+
+def tagged(images, prompts, metadata):
+    return [fields["tag"] + len(fields) for fields in metadata]
+
+
+def test_fields_of_a_row_reach_the_server(serve):
+    """What JSON can hold is sent and arrives as metadata of the served reward; pictures and files stay."""
+    fields = {"tag": np.int64(5), "boxes": [[1, 2]], "image": np.zeros((2, 2)), "file": b"x", "score": float("nan")}
+    rows = [row._replace(fields=fields if row.index == 0 else {"tag": 40.0}) for row in ROWS]
+    server = serve(lambda path, payload, count: scored(payload))
+    RewardSet({"remote": {"url": server.url}})(MEDIA, rows)
+    sent = {item["prompt"]: item["metadata"] for _, payload in server.requests for item in payload["items"]}
+    assert sent == {PROMPTS[0]: {"tag": 5, "boxes": [[1, 2]]}, PROMPTS[1]: {"tag": 40.0}}
+
+    ours = make_server({"tagged": {"reward": f"{__name__}:tagged"}})
+    threading.Thread(target=ours.serve_forever, daemon=True).start()
+    try:
+        client = RewardSet({"remote": {"url": f"http://127.0.0.1:{ours.server_port}"}})
+        values, ok = client(MEDIA, rows)["remote"]
+        assert ok.all()
+        np.testing.assert_array_equal(values, [[7] * 4, [41] * 4])
+        item = {"id": "0", "prompt": "x", "media": [{"b64": png(np.zeros((2, 2, 3), np.uint8))}], "metadata": [1]}
+        answer = client.rewards["remote"].client.post("/v1/score", {"items": [item]})["results"][0]
+        assert not answer["ok"] and "metadata is [1], expected an object" in answer["detail"]
+    finally:
+        ours.shutdown()
+        ours.server_close()
+
+
+def test_a_server_may_give_one_score_and_several(serve):
+    def respond(path, payload, count):
+        results = [{"id": item["id"], "score": 2.0, "scores": {"a": 3.0, "b": 4.0}} for item in payload["items"]]
+        return 200, json.dumps({"results": results}).encode()
+
+    url = serve(respond).url
+    scores = RewardSet({"one": {"reward": "remote", "url": url},
+                        "two": {"reward": "remote", "url": url, "weight": {"b": 1.0}}})(MEDIA, ROWS)
+    assert list(scores) == ["one", "two.b"] and (scores["one"][0] == 2).all() and (scores["two.b"][0] == 4).all()
 
 
 def test_tokens_stay_out_of_sight(serve, monkeypatch, caplog):
     monkeypatch.setenv("JUDGE_TOKEN", "s3cret")
     server = serve(lambda *args: (500, b"no"))
     rewards = RewardSet({"remote": {"url": server.url, "token": "JUDGE_TOKEN", **FAST, "patience": 1}})
-    rewards(IMAGES, PROMPTS)
+    rewards(MEDIA, ROWS)
     assert server.headers[0]["Authorization"] == "Bearer s3cret"
     assert "500" in caplog.text and "s3cret" not in caplog.text + repr(rewards.__dict__) + json.dumps(server.requests)
     with pytest.raises(ValueError, match="NO_SUCH_VARIABLE is not set"):
@@ -242,7 +284,7 @@ def brightness(picture) -> float:
     return float(np.asarray(Image.open(io.BytesIO(data)), np.float64).mean())
 
 
-LADDER = np.broadcast_to(np.array([0.2, 0.8, 0.4, 0.6], np.float32)[None, :, None, None, None], (2, 4, 8, 8, 3))
+LADDER = from_images(np.broadcast_to(np.array([0.2, 0.8, 0.4, 0.6], np.float32)[None, :, None, None, None], (2, 4, 8, 8, 3)))
 
 
 def test_judge_reads_the_last_number(serve):
@@ -253,7 +295,7 @@ def test_judge_reads_the_last_number(serve):
         return {"message": {"content": text}}
 
     rewards = RewardSet({"judge": {"url": serve(chat(answer)).url + "/v1", "model": "m", "scale": 5.0}})
-    values, ok = rewards(LADDER, PROMPTS)["judge"]
+    values, ok = rewards(LADDER, ROWS)["judge"]
     np.testing.assert_array_equal(ok, [[True, False, True, True]] * 2)
     np.testing.assert_allclose(values, [[0.2, 0, 0.4, 0.6]] * 2)
 
@@ -265,7 +307,7 @@ def test_judge_with_several_scores(serve):
 
     options = {"pattern": r"Alignment: (?P<alignment>\d).*Style: (?P<style>\d)", "weight": {"style": 1.0, "alignment": 0.5}}
     rewards = RewardSet({"judge": {"url": serve(chat(answer)).url + "/v1", "model": "m", **options}})
-    scores = rewards(LADDER, PROMPTS)
+    scores = rewards(LADDER, ROWS)
     assert list(scores) == ["judge.style", "judge.alignment"]
     np.testing.assert_allclose(scores["judge.style"][0], 1)
     np.testing.assert_allclose(scores["judge.alignment"][0], [[0.2, 0.8, 0.4, 0.6]] * 2)
@@ -277,7 +319,7 @@ def test_yes_probability_sums_spellings(serve):
         return {"logprobs": {"content": [{"top_logprobs": [{"token": t, "logprob": float(np.log(p))} for t, p in likely]}]}}
 
     server = serve(chat(answer))
-    values, ok = RewardSet({"judge_yes": {"url": server.url + "/v1", "model": "m"}})(LADDER, PROMPTS)["judge_yes"]
+    values, ok = RewardSet({"judge_yes": {"url": server.url + "/v1", "model": "m"}})(LADDER, ROWS)["judge_yes"]
     np.testing.assert_array_equal(ok, [[True, False, True, True]] * 2)
     np.testing.assert_allclose(values[:, 0], 0.5 / 0.6, rtol=1e-6)
     assert server.requests[0][1]["logprobs"] is True and server.requests[0][1]["top_logprobs"] == 20
@@ -294,7 +336,7 @@ def test_win_rates_within_the_group(serve, both_orders):
 
     server = serve(chat(answer))
     rewards = RewardSet({"judge_pairs": {"url": server.url + "/v1", "model": "m", "both_orders": both_orders}})
-    values, ok = rewards(LADDER, PROMPTS)["judge_pairs"]
+    values, ok = rewards(LADDER, ROWS)["judge_pairs"]
     assert ok.all() and len(server.requests) == 2 * 6 * (1 + both_orders)
     np.testing.assert_allclose(values, [[0, 1, 1 / 3, 2 / 3]] * 2, atol=1e-6)
 
@@ -302,8 +344,8 @@ def test_win_rates_within_the_group(serve, both_orders):
 def test_both_orders_cancel_a_position_bias(serve):
     server = serve(chat(lambda *args: {"message": {"content": "<answer>Image 1 is better</answer>"}}))
     config = {"model": "m", "url": server.url + "/v1"}
-    biased = RewardSet({"judge_pairs": config})(LADDER, PROMPTS)["judge_pairs"][0]
-    fair = RewardSet({"judge_pairs": config | {"both_orders": True}})(LADDER, PROMPTS)["judge_pairs"][0]
+    biased = RewardSet({"judge_pairs": config})(LADDER, ROWS)["judge_pairs"][0]
+    fair = RewardSet({"judge_pairs": config | {"both_orders": True}})(LADDER, ROWS)["judge_pairs"][0]
     assert biased[0, 0] == 1 and biased[0, 3] == 0 and (fair == 0.5).all()
 
 

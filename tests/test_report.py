@@ -11,6 +11,7 @@ from PIL import Image
 
 from dancegrpo_jax import config as c
 from dancegrpo_jax import metrics as m
+from dancegrpo_jax.media import image_grid
 from dancegrpo_jax.report import write_report
 
 
@@ -42,7 +43,7 @@ def run(tmp_path):
                        "eval/clip/mean": 0.4, "eval/clip/stderr": 0.1})
     writer.close()
     for name in ("before", "after"):
-        m.image_grid(np.zeros((1, 2, 8, 8, 3), np.uint8), ["x"]).save(folder / f"{name}.png")
+        image_grid(np.zeros((1, 2, 8, 8, 3), np.uint8), ["x"]).save(folder / f"{name}.png")
     return folder
 
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dancegrpo_jax.data import rows_of
+from dancegrpo_jax.media import from_images
 from dancegrpo_jax.models.encoders.clip import IMAGE_MEAN, IMAGE_STD, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from dancegrpo_jax.models.files.convert import CheckpointError, match_keys, save_model, to_torch
 from dancegrpo_jax.models.layers import split
 from dancegrpo_jax.models.encoders.open_clip import ARCHITECTURES, to_transformers
 from dancegrpo_jax.models.files.torch_file import read_torch
-from dancegrpo_jax.rewards.base import RewardSet, build
+from dancegrpo_jax.rewards import RewardSet, build
 from dancegrpo_jax.rewards.clip import clean_text, preprocess
 from dancegrpo_jax.worlds.tokenizer import MAX_LENGTH, write_tokenizer
 from tests.pipelines import random_params
@@ -206,10 +208,11 @@ def test_full_sizes_in_both_namings(name, count):
 
 IMAGES = np.random.default_rng(0).random((2, 3, 20, 28, 3), dtype=np.float32)
 PROMPTS = ["a red circle", "two blue squares"]
+MEDIA, ROWS = from_images(IMAGES), rows_of(PROMPTS)
 
 
 def scores(config):
-    return {name: np.asarray(values) for name, (values, _) in RewardSet(config)(IMAGES, PROMPTS).items()}
+    return {name: np.asarray(values) for name, (values, _) in RewardSet(config)(MEDIA, ROWS).items()}
 
 
 def test_formulas(clip, tmp_path, monkeypatch):
@@ -259,9 +262,9 @@ def test_scorers_of_one_architecture_share_a_compiled_function(clip):
     first, second = (build("clip_score", {"model": folder}) for _ in range(2))
     other = build("clip_score", {"model": folder, "resize": "pad"})
     assert first.signature() == second.signature() != other.signature()
-    first(IMAGES, PROMPTS)
+    first(MEDIA, ROWS)
     before = len(base._COMPILED)
-    second(IMAGES, PROMPTS)
+    second(MEDIA, ROWS)
     assert len(base._COMPILED) == before
 
 
@@ -271,13 +274,13 @@ def test_sharded_scores(clip, mesh):
     from dancegrpo_jax import sharding
     _, _, folder = clip
     config = {"clip_score": {"model": folder}}
-    images, prompts = np.concatenate([IMAGES] * 4), PROMPTS * 4
-    plain = RewardSet(config)(images, prompts)["clip_score"][0]
+    media, rows = from_images(np.concatenate([IMAGES] * 4)), rows_of(PROMPTS * 4)
+    plain = RewardSet(config)(media, rows)["clip_score"][0]
     mesh = sharding.make_mesh(**mesh)
     with jax.set_mesh(mesh):
-        rewards = RewardSet(config, place=lambda params, rules: sharding.place_params(params, mesh, rules))
-        sharded = rewards(sharding.shard_batch(images, mesh), prompts)["clip_score"][0]
-    assert len(images) % 8 == 0
+        rewards = RewardSet(config, mesh)
+        sharded = rewards(media._replace(pixels=sharding.shard_batch(media.pixels, mesh)), rows)["clip_score"][0]
+    assert len(rows) % 8 == 0
     np.testing.assert_allclose(plain, sharded, atol=1e-6)
 
 
@@ -375,17 +378,17 @@ def test_tokens_of_a_thousand_prompts(clip):
         return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
     for reward, clean in ((plain, hf), (cleaned, openai)):
-        found = reward.prepare(prompts, None)
+        found = reward.prepare(rows_of(prompts))
         wrong = [prompt for prompt, ids in zip(prompts, found) if ids.tolist() != bpe(folder, clean(prompt), MAX_LENGTH)]
         assert not wrong, (len(wrong), wrong[:3])
-    assert (plain.prepare(prompts, None) != cleaned.prepare(prompts, None)).any(axis=1).sum() > 100
+    assert (plain.prepare(rows_of(prompts)) != cleaned.prepare(rows_of(prompts))).any(axis=1).sum() > 100
 
 
 def test_special_tokens_in_a_prompt_are_plain_text(clip):
     reward = build("clip_score", {"model": clip[2]})
-    ids = reward.prepare(["a <|endoftext|> circle"], None)[0]
+    ids = reward.prepare(rows_of(["a <|endoftext|> circle"]))[0]
     end = reward.tokenizer.eos_token_id
-    plain = reward.prepare(["a circle"], None)[0]
+    plain = reward.prepare(rows_of(["a circle"]))[0]
     assert (ids != plain).any() and np.argmax(ids == end) > np.argmax(plain == end)
 
 
@@ -419,9 +422,14 @@ def test_score_command(clip, tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
     assert [row["prompt"] for row in rows] == prompts
     for row, image, prompt in zip(rows, pixels, prompts):
-        for name, (values, _) in RewardSet(json.loads(rewards))(image[None, None] / np.float32(255), [prompt]).items():
+        for name, (values, _) in RewardSet(json.loads(rewards))(from_images(image[None, None]), rows_of([prompt])).items():
             np.testing.assert_allclose(float(row[name]), np.asarray(values)[0, 0], atol=1e-6)
     assert "clip_score" in capsys.readouterr().out
+    lines = [{"path": f"{i}.png", "prompt": p, "count": i + 1, "more": 10} for i, p in enumerate(prompts)]
+    (tmp_path / "index.jsonl").write_text("\n".join(map(json.dumps, lines)))  # other fields arrive as metadata
+    counted = '--rewards={"n": {"reward": "tests.test_rewards:counted"}}'
+    assert score.main([*argv[:2], counted, *argv[3:]]) == 0
+    assert [float(row["n"]) for row in csv.DictReader((tmp_path / "out.csv").open())] == [11, 12, 13]
     (tmp_path / "index.jsonl").write_text('{"file": "9.png", "prompt": "x"}\n')
     assert score.main(argv) == 2 and "9.png: no such image" in capsys.readouterr().err
     (tmp_path / "index.jsonl").write_text('{"file": "9.png"}\n')

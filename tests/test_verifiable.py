@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from dancegrpo_jax.rewards import geneval
-from dancegrpo_jax.rewards.base import RewardSet, build
+from dancegrpo_jax.data import rows_of
+from dancegrpo_jax.media import from_images
+from dancegrpo_jax.rewards import RewardSet, build, geneval
 from dancegrpo_jax.rewards.geneval import Demand, Detection, benchmark, judge, parse_prompt, relations
 from dancegrpo_jax.rewards.ocr import edit_distance, quoted, similarity
 from launch import score
@@ -96,7 +97,7 @@ def test_reward():
     images = np.array([0, 50, 100, 150], np.float32)[None, :, None, None, None] / 255 * np.ones((2, 4, 8, 8, 3), np.float32)
     config = {"soft": {"reward": "geneval", "detector": f"{__name__}:detector"},
               "strict": {"reward": "geneval", "detector": f"{__name__}:detector", "mode": "strict"}}
-    scores = RewardSet(config)(images, ["a photo of two dogs", "no such prompt"])
+    scores = RewardSet(config)(from_images(images), rows_of(["a photo of two dogs", "no such prompt"]))
     np.testing.assert_array_equal(scores["strict"][0][0], [0, 0, 1, 0])
     np.testing.assert_array_equal(scores["soft"][0][0], [0, 0.5, 1, 0.5])
     np.testing.assert_array_equal(scores["soft"][1], [[True] * 4, [False] * 4])
@@ -148,7 +149,8 @@ def test_ocr_reads_rendered_text(tmp_path):
         return np.asarray(image, np.float32) / 255
 
     images = np.stack([draw("HELLO 42"), draw("HELLO 47"), draw("")])
-    values, ok = RewardSet({"ocr": {}})(np.stack([images, images]), ['a sign that says "Hello 42"', "a sign"])["ocr"]
+    rows = rows_of(['a sign that says "Hello 42"', "a sign"])
+    values, ok = RewardSet({"ocr": {}})(from_images(np.stack([images, images])), rows)["ocr"]
     assert ok[0].all() and not ok[1].any()
     assert values[0, 0] == 1 and 0.7 < values[0, 1] < 1 and values[0, 2] == 0
 

@@ -1,4 +1,4 @@
-"""Reward models: the contract and `RewardSet` in `base`, one file per reward. Importing this registers them all."""
+"""Rewards: the contract in `base`, several of them scoring together in `set`, one file per reward, names in `registry`."""
 
-from dancegrpo_jax.rewards import clip, color, geneval, image_reward, jpeg, ocr, remote, world  # noqa: F401
-from dancegrpo_jax.rewards.base import DeviceReward, HostReward, Reward, RewardSet, build, register  # noqa: F401
+from dancegrpo_jax.rewards.base import DeviceReward, HostReward, Reward  # noqa: F401
+from dancegrpo_jax.rewards.set import RewardSet, build  # noqa: F401

@@ -1,11 +1,10 @@
-"""The reward contract, the registry, and `RewardSet`, which scores rollouts with several rewards at once.
+"""The reward contract. `RewardSet` in `set.py` scores rollouts with several rewards at once.
 
-A reward maps `(images [P, G, H, W, 3] in [0, 1], prompts [P], metadata [P] or None)` to `{name: (values, ok)}`:
-values fp32 [P, G], higher is better, and ok bool [P, G], False where the reward could not be computed (the value is
-then 0 and must not be used). There are two kinds:
+A reward scores samples (pictures, or clips of F frames) of P prompts, G of each: values fp32 [P, G], higher is better, and
+ok bool [P, G], False where the reward could not be computed (the value is then 0 and must not be used). Two kinds:
 
 * `DeviceReward`: a jitted function of device arrays, sharded as they come;
-* `HostReward`: a function of numpy images, run in threads while the device goes on working. It may fail: an
+* `HostReward`: a function of numpy arrays, run in threads while the device goes on working. It may fail: an
   exception or a non-finite value masks the samples concerned and is counted, and training continues.
 
 Your own host reward is a plain function; name it by import path in the config, `{"mypackage.rewards:brightness": {}}`:
@@ -13,418 +12,293 @@ Your own host reward is a plain function; name it by import path in the config, 
     def brightness(images, prompts):  # uint8 [B, H, W, 3], B strings -> B floats
         return images.mean((1, 2, 3)) / 255
 
-Keyword parameters of the function become options in the config, and a parameter called `metadata` receives the
-batch's metadata. Subclass `HostReward` or `DeviceReward` to keep state; `@register("name")` gives a short name.
+Its first parameter says what it takes: `images`, which for clips are single frames, whose values are averaged, or `videos`,
+uint8 [B, F, H, W, 3]. A parameter called `metadata` receives B mappings, the other fields of the rows; further keyword
+parameters become options in the config. Subclass `HostReward` or `DeviceReward` to keep state; their attribute `takes` is
+"images" or "videos". A name in `registry.REWARDS` makes any of them known.
 """
 
-import difflib
-import importlib
+import copy
+import dataclasses
 import inspect
 import logging
-import math
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
-from numbers import Real
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
-from dancegrpo_jax.sharding import Rules
+from dancegrpo_jax import sharding
+from dancegrpo_jax.data import Row
+from dancegrpo_jax.media import Media
+from dancegrpo_jax.rewards.batch import Batch, chosen_frames
 
 log = logging.getLogger(__name__)
-COMMON_OPTIONS = ("reward", "weight", "binary")  # read by RewardSet itself
-_REGISTRY: dict[str, Callable] = {}
+TAKES = ("images", "videos")
 
 
-def register(name: str):
-    """Decorator: makes a Reward class or a plain scoring function known by a short name."""
-    def add(target):
-        if name in _REGISTRY:
-            raise ValueError(f"reward {name!r} is registered twice")
-        _REGISTRY[name] = target
-        return target
-    return add
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """How a set uses a reward: the options common to all rewards, as `RewardSet` has read them."""
+
+    name: str = "reward"
+    components: tuple[str, ...] = ()  # of a reward that gives several values a sample: those that are wanted
+    threshold: float | None = None
+    frames: str | int = "all"
+    batch: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the values: the reward's own, or "name.component" for each component."""
+        return [f"{self.name}.{component}" for component in self.components] or [self.name]
+
+    def stacked(self, scores) -> list:
+        """The wanted components of {component: value}, in order; without components the value itself, or that of "score"."""
+        several = isinstance(scores, Mapping)
+        if self.components and not several:
+            raise TypeError(f"components {', '.join(self.components)} are wanted, but the reward gives a single value")
+        if missing := [name for name in self.components or ("score",) if several and name not in scores]:
+            raise KeyError(f"no component {', '.join(missing)}; there are {', '.join(scores)}")
+        return [scores[name] for name in self.components or ("score",)] if several else [scores]
 
 
 class Reward:
     """What RewardSet needs of a reward: `submit`, which starts the work, and a function that waits for it."""
 
-    name = "reward"
-    components: tuple[str, ...] = ()  # of a reward that gives several values a sample: those that are wanted
+    name = "reward"  # in messages: what the config calls it
+    takes = "images"
+    on_host = False  # whether it wants uint8 pixels on the host
 
-    def submit(self, batch: "Batch", pool: ThreadPoolExecutor) -> Callable:
-        """Starts scoring. Returns `wait(timeout, report) -> (values [C, P, G], ok [C, P, G])`, C components, or 1.
+    def submit(self, batch: Batch, use: Use, pool: ThreadPoolExecutor) -> Callable:
+        """Starts scoring. Returns `wait(timeout, report) -> [(values [P, G], ok [P, G]), ...]`, a pair for each of `use.names`.
 
         `report(kind, message, count)` is told of samples that could not be scored.
         """
         raise NotImplementedError
 
-    def __call__(self, images, prompts: Sequence[str], metadata: Sequence | None = None) -> dict:
-        """Scores and waits: `{name: (values fp32 [P, G], ok bool [P, G])}`."""
+    def __call__(self, media: Media, rows: Sequence[Row]) -> dict:
+        """Scores and waits: `{"reward": (values fp32 [P, G], ok bool [P, G])}`."""
         def report(kind, message, count):
             log.warning("reward %r could not score %d samples: %s", self.name, count, message)
 
         with ThreadPoolExecutor() as pool:
-            return self.named(*self.submit(Batch(images, prompts, metadata), pool)(None, report))
+            return dict(zip(Use().names, self.submit(Batch(media, rows), Use(), pool)(None, report)))
 
-    @property
-    def names(self) -> list[str]:
-        """The names of its values: its own, or "name.component" for each component."""
-        return [f"{self.name}.{component}" for component in self.components] or [self.name]
 
-    def named(self, values, ok) -> dict:
-        """{name: (values [P, G], ok [P, G])} of what `wait` returns."""
-        return {name: (values[i], ok[i]) for i, name in enumerate(self.names)}
-
-    def stacked(self, scores) -> list:
-        """The wanted components of {component: value}, in order; without components the value itself, alone."""
-        if not self.components:
-            return [scores]
-        if not isinstance(scores, Mapping):
-            raise TypeError(f"components {', '.join(self.components)} are wanted, but the reward gives a single value")
-        if missing := [name for name in self.components if name not in scores]:
-            raise KeyError(f"no component {', '.join(missing)}; there are {', '.join(scores)}")
-        return [scores[name] for name in self.components]
+# ------------------------------------------------------------------------------------------ on the device
 
 
 class DeviceReward(Reward):
     """A reward computed on the accelerator.
 
     Subclasses implement `apply`, a pure function that is traced once per shape, and set `params` (arrays it needs,
-    a pytree), `sharding` (the rules of the model that these belong to) and `prepare` if the prompts matter. Errors
-    while tracing are raised: they are mistakes in the program.
+    a pytree) and `prepare` if the rows matter. Errors while tracing are raised: they are mistakes in the program.
     """
 
     params = ()
-    sharding: Rules = ()
+    sharding: sharding.Rules = ()  # of the model that its parameters belong to
 
-    def prepare(self, prompts: Sequence[str], metadata: Sequence | None):
-        """On the host, once per prompt: a pytree of numpy arrays with leading axis P, e.g. token ids."""
+    def prepare(self, rows: Sequence[Row]):
+        """On the host, once per row: a pytree of numpy arrays with leading axis P, e.g. token ids."""
         return ()
 
-    def apply(self, params, images, text):
-        """images fp32 [P, G, H, W, 3] in [0, 1], text as prepared -> values [P, G], or {component: values}."""
+    def apply(self, params, pixels, text):
+        """pixels fp32 in [0, 1], [P, G, H, W, 3] or, if it takes videos, [P, G, F, H, W, 3]; text as prepared.
+
+        Returns: values [P, G], or {component: values}. A sample's value may depend on its own pixels and row only: clips come
+        with their frames among the G, and with the option `batch` every sample is a prompt of its own.
+        """
         raise NotImplementedError
 
     def signature(self):
-        """What `apply` depends on besides its arguments: rewards of equal signature share one compiled function."""
-        return self
+        """What `apply` depends on besides its arguments: equal signatures share a compiled function; None: no sharing."""
+        return
 
-    def scorer(self) -> Callable:
-        """The jitted function (params, images, text) -> (values [P, G], ok [P, G])."""
-        signature = self.signature(), self.components
-        if signature not in _COMPILED:
-            _COMPILED[signature] = jax.jit(partial(_score, self))
-        return _COMPILED[signature]
+    @classmethod
+    def abstract(cls, options: Mapping, mesh) -> "DeviceReward | None":
+        """The reward with `jax.ShapeDtypeStruct`s for parameters, without weights and tokenizer; None: it has none."""
+        return None
 
-    def submit(self, batch, pool):
-        scored = self.scorer()(self.params, batch.images, self.prepare(batch.prompts, batch.metadata))
+    def scorer(self, use: Use) -> Callable:
+        """The jitted function (params, pixels [P, G, F, H, W, 3], text) -> [(values [P, G], ok [P, G]), ...], as `submit`."""
+        signature = self.signature()
+        compiled = self.__dict__.setdefault("_compiled", {}) if signature is None else _COMPILED
+        key = signature, dataclasses.replace(use, name="")
+        if key not in compiled:
+            reward = copy.copy(self)
+            reward.params, reward._compiled = (), {}  # the function outlives the reward and must not keep its weights
+            compiled[key] = jax.jit(partial(_score, reward, use))
+        return compiled[key]
+
+    def submit(self, batch, use, pool):
+        text = batch.place_text(self.prepare(batch.rows))
+        scored = batch.call(f"reward {use.name}", self.scorer(use), self.params, batch.media.pixels, text)
         return lambda timeout, report: scored  # a jax.Array already is a promise
 
 
 _COMPILED: dict[Any, Callable] = {}
 
 
-def _score(reward: DeviceReward, params, images, text):
-    values = jnp.stack(reward.stacked(reward.apply(params, images.astype(jnp.float32), text))).astype(jnp.float32)
-    if values.shape[1:] != images.shape[:2]:
-        raise ValueError(f"reward {reward.name!r}: values have shape {values.shape[1:]}, expected {images.shape[:2]}")
+def _score(reward: DeviceReward, use: Use, params, pixels, text):
+    p, g, count = pixels.shape[:3]
+    frames = chosen_frames(use.frames, count)
+    if len(frames) < count:
+        pixels = pixels[:, :, np.array(frames)]
+    if reward.takes == "images":  # the frames of a clip are more samples of its prompt
+        pixels = pixels.reshape(p, g * len(frames), *pixels.shape[3:])
+    samples = pixels.shape[1]
+
+    def apply(part):
+        pixels, text = part
+        values = jnp.stack(use.stacked(reward.apply(params, pixels.astype(jnp.float32), text))).astype(jnp.float32)
+        if values.shape[1:] != pixels.shape[:2]:
+            raise ValueError(f"reward {use.name!r}: values have shape {values.shape[1:]}, expected {pixels.shape[:2]}")
+        return values
+
+    if use.batch:
+        part = pixels.reshape(p * samples, 1, *pixels.shape[2:]), jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, 0), text)
+        values = _in_slices(lambda part: apply(part)[..., 0].T, part, use.batch).T
+    else:
+        values = apply((pixels, text))
+    values = values.reshape(len(values), p, g, samples // g).mean(-1)
     ok = jnp.isfinite(values)
-    return jnp.where(ok, values, 0), ok
+    values = jnp.where(ok, values, 0)
+    if use.threshold is not None:
+        values = ((values > use.threshold) & ok).astype(jnp.float32)
+    return list(zip(values, ok))
+
+
+def _in_slices(function: Callable, tree, size: int):
+    """`sharding.map_slices` for a pytree of arrays [B, ...]: `size` items of every device at a time, if B divides."""
+    devices = sharding.batch_devices()
+    per_device, rest = divmod(len(jax.tree.leaves(tree)[0]), devices)
+    if rest or per_device <= size:
+        return function(tree)
+    slices = -(-per_device // size)
+
+    def cut(x):
+        x = x.reshape(devices, per_device, *x.shape[1:])
+        x = jnp.pad(x, ((0, 0), (0, slices * size - per_device), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(devices, slices, size, *x.shape[2:]).swapaxes(0, 1).reshape(slices, devices * size, *x.shape[2:])
+
+    y = jax.lax.map(lambda part: sharding.constrain_batch(function(sharding.constrain_batch(part))), jax.tree.map(cut, tree))
+    y = y.reshape(slices, devices, size, *y.shape[2:]).swapaxes(0, 1).reshape(devices, slices * size, *y.shape[2:])
+    return y[:, :per_device].reshape(devices * per_device, *y.shape[2:])
+
+
+def place(reward: DeviceReward, mesh) -> None:
+    """Puts a reward's parameters on the mesh by its sharding rules; abstract ones get these as their shardings."""
+    leaves = jax.tree.leaves(reward.params)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        reward.params = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+                                     reward.params, sharding.param_shardings(reward.params, mesh, reward.sharding))
+    elif leaves:
+        reward.params = sharding.place_params(reward.params, mesh, reward.sharding)
+
+
+# ------------------------------------------------------------------------------------------ on the host
 
 
 class HostReward(Reward):
-    """A reward computed on the host, one call for the images of one prompt, calls running in several threads."""
+    """A reward computed on the host, one call for the samples of one prompt, calls running in several threads.
 
-    def score(self, images: np.ndarray, prompts: list[str], metadata: list | None) -> Sequence[float]:
-        """images uint8 [B, H, W, 3], B prompts and B metadata (or None) -> B floats, or {component: B floats}.
+    Of several processes each scores the samples that lie on its devices; a group spread over two is scored in two calls,
+    unless `needs_group`: then one process gets it as a whole.
+    """
 
-        Return NaN for an image that cannot be scored; an exception masks all B. Must be thread-safe.
+    on_host = True
+    needs_group = False  # whether a sample's value depends on the others of its prompt
+
+    def score(self, samples: np.ndarray, prompts: list[str], metadata: list[Mapping]) -> Sequence[float]:
+        """B samples of one prompt, uint8 [B, H, W, 3] (of clips: one frame of each) or, if it takes videos, [B, F, H, W, 3],
+        B prompts and the fields of their rows -> B floats, or {component: B floats}.
+
+        Return NaN for a sample that cannot be scored; an exception masks all B. Must be thread-safe.
         """
         raise NotImplementedError
 
-    def _score_group(self, batch: "Batch", row: int):
-        images = batch.pixels()[row]
-        b = len(images)
-        metadata = None if batch.metadata is None else [batch.metadata[row]] * b
+    def _score_group(self, batch: Batch, use: Use, row: int, fetch: Callable):
+        """(values [C, B], finite bool [B]) of what `fetch` gives: uint8 [B, F, H, W, 3] and which of them are finite."""
+        samples, finite = fetch()
+        frames = [batch.frames.index(frame) for frame in chosen_frames(use.frames, batch.media.pixels.shape[2])]
+        b = len(samples)
+        parts = [samples[:, frames]] if self.takes == "videos" else [samples[:, frame] for frame in frames]
+        prompts, metadata = [batch.rows[row].prompt] * b, [batch.rows[row].fields] * b
         with batch.clock:
-            scores = self.stacked(self.score(images, [batch.prompts[row]] * b, metadata))
-        values = np.asarray(scores, np.float32)
-        if values.shape != (len(self.names), b):
-            raise ValueError(f"{b} images got scores of shape {values.shape[1:]}")
-        return values
+            scores = [np.asarray(use.stacked(self.score(part, prompts, metadata)), np.float32) for part in parts]
+        for values in scores:
+            if values.shape != (len(use.names), b):
+                raise ValueError(f"{b} samples got scores of shape {values.shape[1:]}")
+        return np.mean(scores, 0), finite
 
-    def submit(self, batch, pool):
+    def submit(self, batch, use, pool):
         batch.copy_to_host()
-        # On a pod each process takes every n-th prompt, with its whole group.
-        rows = range(jax.process_index(), len(batch.prompts), jax.process_count())
-        jobs = [(row, pool.submit(self._score_group, batch, row)) for row in rows]
+        waiting = batch.shared_rows() if self.needs_group else []
+
+        def start(row, columns, fetch):
+            return row, columns, pool.submit(self._score_group, batch, use, row, fetch)
+        jobs = [start(row, columns, partial(batch.samples, row, columns)) for row, columns in batch.mine().items()
+                if row not in waiting]
 
         def wait(timeout, report):
-            shape = (len(self.names), *batch.shape)
-            values, ok = np.zeros(shape, np.float32), np.zeros(shape, bool)
-            finite = batch.finite()
-            deadline = None if timeout is None else time.monotonic() + timeout
-            for row, future in jobs:
-                try:
-                    scores = future.result(None if deadline is None else max(deadline - time.monotonic(), 0))
-                except Exception as error:  # the one place that swallows: a failed reward must not end the run
-                    future.cancel()
-                    report(type(error).__name__, f"{type(error).__name__}: {error}", batch.shape[1])
-                    continue
-                good = np.isfinite(scores) & finite[row]
-                values[:, row], ok[:, row] = np.where(good, scores, 0), good
-                if not good.all():
-                    report("non-finite", "non-finite score or image", int((~good).any(0).sum()))
-            if jax.process_count() > 1:  # every process scored its own prompts; the rest of its arrays is 0
+            # Processes exchange what they must in the order of the rows, and in this thread: no two exchanges may cross.
+            for row in waiting:
+                group = batch.gather(row)
+                if batch.scorer(row) == jax.process_index():
+                    jobs.append(start(row, np.arange(batch.shape[1]), lambda group=group: group))
+            values, ok = _collect(jobs, (len(use.names), *batch.shape), timeout, report)
+            if jax.process_count() > 1:  # every process scored its own samples; the rest of its arrays is 0
                 values, ok = multihost_utils.process_allgather((values, ok.astype(np.float32)))
                 values, ok = values.sum(0, dtype=np.float32), ok.sum(0) > 0
-            return values, ok
+            if use.threshold is not None:
+                values = ((values > use.threshold) & ok).astype(np.float32)
+            return list(zip(values, ok))
         return wait
 
 
+def _collect(jobs, shape, timeout, report) -> tuple[np.ndarray, np.ndarray]:
+    """(values fp32 [C, P, G], ok bool [C, P, G]) of this process's jobs (prompt, samples, future); 0 and False elsewhere."""
+    values, ok = np.zeros(shape, np.float32), np.zeros(shape, bool)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    for row, columns, future in jobs:
+        try:
+            scores, finite = future.result(None if deadline is None else max(deadline - time.monotonic(), 0))
+        except Exception as error:  # the one place that swallows: a failed reward must not end the run
+            future.cancel()
+            report(type(error).__name__, f"{type(error).__name__}: {error}", len(columns))
+            continue
+        good = np.isfinite(scores) & finite
+        values[:, row, columns], ok[:, row, columns] = np.where(good, scores, 0), good
+        if not good.all():
+            report("non-finite", "non-finite score or pixels", int((~good).any(0).sum()))
+    return values, ok
+
+
 class FunctionReward(HostReward):
-    """A plain function `(images uint8 [B, H, W, 3], prompts list[str]) -> B floats` as a reward."""
+    """A plain function `(images or videos, prompts, **options)` as a reward."""
 
     def __init__(self, function: Callable, **options):
         self.function, self.options = function, options
+        self.takes = next(iter(inspect.signature(function).parameters))
         self.wants_metadata = "metadata" in inspect.signature(function).parameters
 
-    def score(self, images, prompts, metadata):
+    def score(self, samples, prompts, metadata):
         extra = {"metadata": metadata} if self.wants_metadata else {}
-        return self.function(images, prompts, **self.options, **extra)
+        return self.function(samples, prompts, **self.options, **extra)
 
 
-# ------------------------------------------------------------------------------------------ one batch of images
+class LeftOut(Reward):
+    """Stands in an abstract set for a reward that is not compiled: gives 0; for a host reward the pixels are quantised."""
 
+    def __init__(self, on_host: bool):
+        self.on_host = on_host
 
-class Batch:
-    """Checked inputs, and their uint8 copy for the host, made once and only if there are host rewards."""
-
-    def __init__(self, images, prompts: Sequence[str], metadata: Sequence | None = None, clock: "BusyClock | None" = None):
-        if np.ndim(images) != 5 or np.shape(images)[-1] != 3:
-            raise ValueError(f"images have shape {np.shape(images)}, expected [P, G, H, W, 3]")
-        for what, items in (("prompts", prompts), ("metadata", metadata)):
-            if items is not None and len(items) != len(images):
-                raise ValueError(f"images of {len(images)} prompts, but {len(items)} {what}")
-        self.images, self.prompts, self.metadata = images, list(prompts), metadata
-        self.shape, self.clock = tuple(np.shape(images)[:2]), clock or BusyClock()
-
-    @cached_property
-    def _quantised(self):
-        return _quantise(self.images, getattr(self.images, "sharding", None) if jax.process_count() > 1 else None)
-
-    def copy_to_host(self) -> None:
-        """Starts copying; on a pod every process gets all images."""
-        for array in self._quantised:
-            array.copy_to_host_async()
-
-    def pixels(self) -> np.ndarray:
-        """uint8 [P, G, H, W, 3], once the device has computed them."""
-        return np.asarray(self._quantised[0])
-
-    def finite(self) -> np.ndarray:
-        """bool [P, G], False for images with NaN or infinity, whose uint8 copy would hide it."""
-        return np.asarray(self._quantised[1])
-
-
-@partial(jax.jit, static_argnames=("sharding",))
-def _quantise(images, sharding=None):
-    """(uint8 copy, whether finite); for images with a sharding over several processes both are replicated."""
-    pixels = jnp.round(255 * jnp.clip(images, 0, 1)).astype(jnp.uint8), jnp.isfinite(images).all((2, 3, 4))
-    return jax.lax.with_sharding_constraint(pixels, NamedSharding(sharding.mesh, PartitionSpec())) if sharding else pixels
-
-
-class BusyClock:
-    """Seconds during which at least one of several threads was inside `with clock:`."""
-
-    def __init__(self):
-        self._lock, self._inside, self._since, self._seconds = threading.Lock(), 0, 0.0, 0.0
-
-    def __enter__(self):
-        with self._lock:
-            if self._inside == 0:
-                self._since = time.monotonic()
-            self._inside += 1
-
-    def __exit__(self, *exception):
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._seconds += time.monotonic() - self._since
-
-    def take(self) -> float:
-        """The seconds since the last call."""
-        with self._lock:
-            seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
-
-# ------------------------------------------------------------------------------------------ from a config
-
-
-class RewardSet:
-    """Several rewards with weights, built from a config.
-
-    Args:
-      config: `{name: {"weight": 1.0, ...options}}`. `name` is a registered name or an import path "package.module:attr"
-        (a plain function or a Reward class); an option `reward` gives it instead, so that `name` can be a label and
-        one reward can appear twice. Options common to all:
-        weight: factor of the advantage, any finite number; 0 means logged only, negative means avoided. Of a reward
-        with several values `{component: factor}`: each becomes a reward "name.component" of its own.
-        binary: `{"threshold": tau}` replaces the reward r by 1[r > tau].
-      place: puts the parameters {name: array} of a device reward on the devices by its `sharding`, e.g.
-        `lambda params, rules: place_params(params, mesh, rules)`.
-      threads: of the pool that runs host rewards.
-      timeout: seconds that `result` waits for each host reward; what is missing then is masked. None: for ever.
-    Raises: ValueError for an unknown name or option, naming the nearest known one, or for a bad value.
-
-    `weights` is {name: float}. `failures` counts masked samples of host rewards on this process, {name: int}. `clock` knows
-    how long host rewards have been computing.
-    """
-
-    def __init__(self, config: Mapping, *, place: Callable | None = None, threads: int = 8,
-                 timeout: float | None = 600):
-        self.rewards: dict[str, Reward] = {}
-        self.weights: dict[str, float] = {}
-        self._thresholds: dict[str, float] = {}
-        self.failures: Counter[str] = Counter()
-        self.clock = BusyClock()
-        self._logged: set[tuple[str, str]] = set()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reward")
-        self._timeout = timeout
-        for name, options in config.items():
-            if not hasattr(options, "items"):
-                raise ValueError(f"reward {name!r}: expected a dict of options like {{'weight': 1.0}}, got {options!r}")
-            options = dict(options.items())
-            weight = options.pop("weight", 1.0)
-            factors = dict(weight.items()) if hasattr(weight, "items") else {"": weight}
-            binary = options.pop("binary", None)
-            if binary is not None:
-                if not hasattr(binary, "keys") or set(binary.keys()) != {"threshold"}:
-                    raise ValueError(f'reward {name!r}: binary must be {{"threshold": number}}, got {binary!r}')
-                self._thresholds[name] = _number(binary["threshold"], f"reward {name!r}: binary threshold")
-            try:
-                self.rewards[name] = build(options.pop("reward", name), options)
-            except ValueError as error:
-                raise type(error)(str(error) if repr(name) in str(error) else f"reward {name!r}: {error}") from error
-            self.rewards[name].name = name
-            self.rewards[name].components = tuple(factors) if hasattr(weight, "items") else ()
-            for label, factor in zip(self.rewards[name].names, factors.values()):
-                self.weights[label] = _number(factor, f"reward {label!r}: weight")
-            reward = self.rewards[name]
-            if place is not None and isinstance(reward, DeviceReward) and reward.params:
-                reward.params = place(reward.params, reward.sharding)
-
-    def submit(self, images, prompts: Sequence[str], metadata: Sequence | None = None) -> "Handle":
-        """Starts scoring [P, G, H, W, 3] images in [0, 1] of P prompts and returns at once.
-
-        Several batches can be in flight. Raises: ValueError if the numbers do not match.
-        """
-        batch = Batch(images, prompts, metadata, self.clock)
-        # Host rewards first: their copy of the images should not queue behind the device rewards' computation.
-        order = sorted(self.rewards, key=lambda name: isinstance(self.rewards[name], DeviceReward))
-        waits = {name: self.rewards[name].submit(batch, self._pool) for name in order}
-        return Handle(self, {name: waits[name] for name in self.rewards})
-
-    def __call__(self, images, prompts: Sequence[str], metadata: Sequence | None = None) -> dict:
-        """`submit(...).result()`."""
-        return self.submit(images, prompts, metadata).result()
-
-    def close(self) -> None:
-        """Ends the threads, without waiting for calls in flight."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _report(self, name: str, kind: str, message: str, count: int) -> None:
-        self.failures[name] += count
-        if (name, kind) not in self._logged:
-            self._logged.add((name, kind))
-            log.warning("reward %r could not score %d samples (they are masked; further cases are only counted): %s",
-                        name, count, message)
-
-
-class Handle:
-    """A batch being scored."""
-
-    def __init__(self, owner: RewardSet, waits: dict[str, Callable]):
-        self._owner, self._waits = owner, waits
-
-    def result(self) -> dict:
-        """Waits for host rewards: `{name: (values fp32 [P, G], ok bool [P, G])}`, in the config's order.
-
-        Host rewards are numpy arrays, the same on every process; device rewards are jax arrays, perhaps still being
-        computed. On a pod all processes must call this, in the same order.
-        """
-        owner, scores = self._owner, {}
-        for name, wait in self._waits.items():
-            values, ok = wait(owner._timeout, partial(owner._report, name))
-            if name in owner._thresholds:
-                values = ((values > owner._thresholds[name]) & ok).astype(np.float32)
-            scores |= owner.rewards[name].named(values, ok)
-        return scores
-
-
-def build(name: str, options: Mapping | None = None) -> Reward:
-    """Makes the reward that a registered name or an import path stands for, with its options.
-
-    Raises: ValueError for an unknown name, a path that cannot be imported, an unknown or a missing option.
-    """
-    target = _import(name) if ":" in name else _REGISTRY.get(name)
-    if target is None:
-        raise ValueError(f"unknown reward {name!r}{_nearest(name, _REGISTRY)}; known: {', '.join(sorted(_REGISTRY))}; "
-                         "your own: 'package.module:function'")
-    is_class = isinstance(target, type) and issubclass(target, Reward)
-    if not is_class and (isinstance(target, type) or not callable(target)):
-        raise ValueError(f"reward {name!r} is {target!r}, neither a function nor a Reward class")
-    parameters = _parameters(target) if is_class else [
-        p for p in list(inspect.signature(target).parameters.values())[2:] if p.name != "metadata"]
-    options = dict(options or {})
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    for option in options:
-        if option not in names:
-            known = [*names, *COMMON_OPTIONS]
-            raise ValueError(f"reward {name!r}: unknown option {option!r}{_nearest(option, known)}; "
-                             f"known: {', '.join(known)}")
-    for p in parameters:
-        if p.name in names and p.default is p.empty and p.name not in options:
-            raise ValueError(f"reward {name!r}: option {p.name!r} is missing")
-    return target(**options) if is_class else FunctionReward(target, **options)
-
-
-def _parameters(cls: type) -> list[inspect.Parameter]:
-    """The parameters of a class, with those of its parents where it passes **options on."""
-    found = {}
-    for parent in cls.__mro__:
-        if "__init__" in vars(parent):
-            own = list(inspect.signature(parent.__init__).parameters.values())[1:]
-            found = {p.name: p for p in own} | found
-            if not any(p.kind is p.VAR_KEYWORD for p in own):
-                break
-    return list(found.values())
-
-
-def _import(path: str):
-    module, _, attribute = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {path!r} cannot be imported: {error}") from error
-
-
-def _nearest(word: str, known) -> str:
-    match = difflib.get_close_matches(word, list(known), 1, cutoff=0)
-    return f"; nearest: {match[0]!r}" if match else ""
-
-
-def _number(value, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{what} must be a finite number, got {value!r}")
-    return float(value)
+    def submit(self, batch, use, pool):
+        if self.on_host:
+            batch.quantised  # noqa: B018 (a run makes them, so the compile check compiles it)
+        return lambda timeout, report: [(np.zeros(batch.shape, np.float32), np.ones(batch.shape, bool)) for _ in use.names]

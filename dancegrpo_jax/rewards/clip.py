@@ -30,11 +30,12 @@ from dancegrpo_jax.models.files.hub import find_in_hub
 from dancegrpo_jax.models.layers import merge, split
 from dancegrpo_jax.models.encoders.open_clip import ARCHITECTURES, is_open_clip, to_transformers
 from dancegrpo_jax.models.files.torch_file import read_torch
-from dancegrpo_jax.rewards.base import DeviceReward, register
+from dancegrpo_jax.rewards.base import DeviceReward
 
 RESIZE = ("crop", "pad", "squash")
 CLEAN = ("transformers", "open_clip")
 OPENAI = "openai/clip-vit-large-patch14"
+KNOWN = {"yuvalkirstain/PickScore_v1": "ViT-H-14", OPENAI: "ViT-L-14-quickgelu"}  # architectures of models on the hub
 
 
 def preprocess(images, size: int, resize: str = "crop", antialias: bool = True):
@@ -97,7 +98,6 @@ def load_clip(path: Path, architecture: str | None):
     return model, to_transformers(tensors) if is_open_clip(tensors) else tensors
 
 
-@register("clip_score")
 class ClipScore(DeviceReward):
     """Cosine in [-1, 1] of CLIP's image and text features; each prompt is encoded once for its group.
 
@@ -142,11 +142,24 @@ class ClipScore(DeviceReward):
             tokenizer = here if any((here / name).exists() for name in ("vocab.json", "tokenizer.json")) else OPENAI
         return CLIPTokenizer.from_pretrained(find(tokenizer), local_files_only=True)
 
+    @classmethod
+    def abstract(cls, options, mesh):
+        """Of an architecture that the options or `KNOWN` name, or of a folder with at least its config.json.
+
+        Raises: CheckpointError if there is neither.
+        """
+        def load(self, model, tokenizer, architecture):
+            architecture = architecture or KNOWN.get(str(model))
+            self.params = self.layout(nnx.eval_shape(lambda: CLIPModel(ARCHITECTURES[architecture], rngs=nnx.Rngs(0)))
+                                      if architecture in ARCHITECTURES else abstract_model(CLIPModel, model))
+            self.tokenizer = lambda prompts, max_length, **_: {"input_ids": np.zeros((len(prompts), max_length), np.int32)}
+        return type(cls.__name__, (cls,), {"load": load})(**options)
+
     def signature(self):
         return type(self), self.graphdef, self.resize, self.antialias, self.dtype
 
-    def prepare(self, prompts, metadata):
-        prompts = [clean_text(prompt) for prompt in prompts] if self.clean == "open_clip" else list(prompts)
+    def prepare(self, rows):
+        prompts = [clean_text(row.prompt) if self.clean == "open_clip" else row.prompt for row in rows]
         length = self.config.text_config.max_position_embeddings
         ids = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, split_special_tokens=True)
         return np.array(ids["input_ids"], np.int32)
@@ -162,7 +175,6 @@ class ClipScore(DeviceReward):
         return cosine(self.features(model, images), model.text_features(text, self.dtype)[:, None])
 
 
-@register("hps")
 class HPS(ClipScore):
     """Human Preference Score v2.1 (or v2.0, by another `model`): about 0.15 to 0.36, comparable within one prompt only."""
 
@@ -172,7 +184,6 @@ class HPS(ClipScore):
         super().__init__(model, tokenizer, architecture, "pad", antialias, "open_clip", dtype)
 
 
-@register("pickscore")
 class PickScore(ClipScore):
     """PickScore v1: about 17 to 25. Others divide it by 26; here its weight says so, and within a group it makes no difference."""
 
@@ -201,7 +212,6 @@ def fold_head(layers: dict[str, np.ndarray], features: int, path: Path) -> dict[
     return {"head.weight": jnp.asarray(weight[0], jnp.float32), "head.bias": jnp.asarray(bias[0], jnp.float32)}
 
 
-@register("aesthetic")
 class Aesthetic(ClipScore):
     """LAION's improved aesthetic predictor: about 4.5 to 7, whatever the prompt.
 
@@ -211,19 +221,34 @@ class Aesthetic(ClipScore):
     """
 
     def __init__(self, head: str | os.PathLike, model: str | os.PathLike = OPENAI, dtype: str = "float32"):
+        self.head = head
         super().__init__(model, dtype=dtype)
-        self.params |= fold_head(read_torch(find(head)), self.config.projection_dim, find(head))
+
+    def load(self, model, tokenizer, architecture):
+        super().load(model, tokenizer, architecture)
+        self.params |= fold_head(read_torch(find(self.head)), self.config.projection_dim, find(self.head))
 
     def load_tokenizer(self, path, tokenizer):
         return None
 
-    def prepare(self, prompts, metadata):
+    @classmethod
+    def abstract(cls, options, mesh):
+        reward = super().abstract(options, mesh)
+        reward.params |= abstract_head(reward.config.projection_dim)
+        return reward
+
+    def prepare(self, rows):
         return ()
 
     def apply(self, params, images, text):
         params, head = split_head(params)
         x = self.features(merge(self.graphdef, params), images)
         return head(x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True)))
+
+
+def abstract_head(features: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what `fold_head` gives."""
+    return {"head.weight": jax.ShapeDtypeStruct((features,), jnp.float32), "head.bias": jax.ShapeDtypeStruct((), jnp.float32)}
 
 
 def split_head(params: dict) -> tuple[dict, Callable]:

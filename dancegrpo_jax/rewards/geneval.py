@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dancegrpo_jax.rewards.base import HostReward, register
+from dancegrpo_jax.rewards.base import HostReward
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 NUMBERS = {"two": 2, "three": 3, "four": 4}
@@ -134,7 +134,6 @@ def benchmark(prompts: Sequence[str], correct: Sequence[bool]) -> dict[str, floa
     return table | {"overall": float(np.mean(list(table.values())))}
 
 
-@register("geneval")
 class GenEval(HostReward):
     """GenEval's verdict with your detector; prompts outside the grammar are masked.
 

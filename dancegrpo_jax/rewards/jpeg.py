@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from dancegrpo_jax.rewards.base import HostReward, register
+from dancegrpo_jax.rewards.base import HostReward
 
 
 def jpeg_kilobytes(image: np.ndarray, quality: int) -> float:
@@ -15,7 +15,6 @@ def jpeg_kilobytes(image: np.ndarray, quality: int) -> float:
     return buffer.tell() / 1000
 
 
-@register("jpeg")
 class Compressibility(HostReward):
     """-KB as JPEG: rewards smooth, empty images. `quality`: 1 to 95."""
 
@@ -30,7 +29,6 @@ class Compressibility(HostReward):
         return [self.sign * jpeg_kilobytes(image, self.quality) for image in images]
 
 
-@register("incompressibility")
 class Incompressibility(Compressibility):
     """+KB as JPEG: rewards texture and noise."""
 

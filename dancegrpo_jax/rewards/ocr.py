@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 
-from dancegrpo_jax.rewards.base import HostReward, register
+from dancegrpo_jax.rewards.base import HostReward
 
 
 def quoted(prompt: str) -> str:
@@ -42,7 +42,6 @@ def similarity(read: str, target: str) -> float:
     return 1 - min(edit_distance(read, target), len(target)) / len(target)
 
 
-@register("ocr")
 class OCR(HostReward):
     """1 where the quoted text of the prompt is in the picture, less by the share of wrong letters; other prompts are masked.
 

@@ -21,7 +21,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
@@ -29,7 +29,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from dancegrpo_jax.rewards.base import HostReward, register
+from dancegrpo_jax.rewards.base import HostReward
 
 log = logging.getLogger(__name__)
 MAX_ANSWER = 1 << 24  # bytes
@@ -161,7 +161,6 @@ class RemoteReward(HostReward):
         return list(self._workers.map(safely, arguments))
 
 
-@register("remote")
 class Remote(RemoteReward):
     """A reward that `launch/serve_reward.py` (or anything with its protocol) computes elsewhere.
 
@@ -174,7 +173,7 @@ class Remote(RemoteReward):
 
     def score(self, images, prompts, metadata):
         items = [{"id": str(i), "prompt": prompt, "media": [{"kind": "image", "mime": "image/png", "b64": png(image)}],
-                  **({"metadata": metadata[i]} if metadata else {})} for i, (image, prompt) in enumerate(zip(images, prompts))]
+                  "metadata": json_fields(fields)} for i, (image, prompt, fields) in enumerate(zip(images, prompts, metadata))]
         answer = self.client.post("/v1/score", {"reward": self.scorer, "items": items})
         results = answer.get("results")
         if not isinstance(results, list) or len(results) != len(items):
@@ -182,10 +181,23 @@ class Remote(RemoteReward):
                               f"{len(results) if isinstance(results, list) else 'no'} results")
         found = {str(result.get("id")): result for result in results if isinstance(result, dict)}
         ordered = [found.get(item["id"], {}) for item in items]
-        if not self.components:
-            return [_number(result, result.get("score")) for result in ordered]
-        return {name: [_number(result, (result.get("scores") or {}).get(name)) for result in ordered]
-                for name in self.components}
+        single = [_number(result, result.get("score")) for result in ordered]
+        names = sorted({name for result in ordered for name in result.get("scores") or {}})
+        several = {name: [_number(result, (result.get("scores") or {}).get(name)) for result in ordered] for name in names}
+        return ({"score": single} if any("score" in result for result in ordered) else {}) | several if several else single
+
+
+def json_fields(fields: Mapping) -> dict:
+    """The fields of a row that JSON can hold: text, numbers, lists and objects of these. Others (a picture, a file) stay here."""
+    found = {}
+    for name, value in fields.items():
+        value = value.item() if isinstance(value, np.generic) else value
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            continue
+        found[name] = value
+    return found
 
 
 def _number(result: dict, value) -> float:
@@ -222,7 +234,6 @@ def _text(choice: dict) -> str:
     return content
 
 
-@register("judge")
 class Judge(Chat):
     """A number that the model writes after thinking: the last match of `pattern`'s group, divided by `scale`.
 
@@ -254,7 +265,6 @@ class Judge(Chat):
         return {name: answers[:, index - 1] for name, index in names.items()} if names else answers[:, 0]
 
 
-@register("judge_yes")
 class JudgeYes(Chat):
     """P(yes) / (P(yes) + P(no)) of the first token of the answer, over all spellings among the 20 likeliest tokens."""
 
@@ -280,13 +290,14 @@ class JudgeYes(Chat):
         return self.ask_all(ask, list(zip(images, prompts)))
 
 
-@register("judge_pairs")
 class JudgePairs(Chat):
     """Win rate in [0, 1] of each image against the others of its group; unclear answers count half for both.
 
     A group of G images takes G (G - 1) / 2 questions, twice that with `both_orders`, which cancels a preference for the
     first picture. A question that failed counts for neither; an image without any answer is masked.
     """
+
+    needs_group = True
 
     def __init__(self, url: str, model: str, template: str = (
             "Two pictures were made for: {prompt}\nCompare how well they match it and how well they are made. Think briefly, then "

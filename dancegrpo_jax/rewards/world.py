@@ -1,10 +1,9 @@
 """The embedded world's own judge: are the right shapes, colours, counts and relations in the picture?"""
 
-from dancegrpo_jax.rewards.base import HostReward, register
+from dancegrpo_jax.rewards.base import HostReward
 from dancegrpo_jax.worlds.verifier import score_batch
 
 
-@register("verifier")
 class Verifier(HostReward):
     """Share of the caption's demands that the image meets (`mode: soft`), or 1 if it meets all, else 0 (`strict`).
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dancegrpo_jax.data import rows_of
+from dancegrpo_jax.media import from_images
 from dancegrpo_jax.models.encoders.blip import Blip, BlipConfig
 from dancegrpo_jax.models.files.convert import CheckpointError, from_torch, to_torch
 from dancegrpo_jax.models.layers import merge, split
-from dancegrpo_jax.rewards.base import RewardSet, build
+from dancegrpo_jax.rewards import RewardSet, build
 from dancegrpo_jax.rewards.clip import preprocess
 
 torch = pytest.importorskip("torch")
@@ -129,7 +131,7 @@ def test_reward(reference, tmp_path):
     options = {"model": tmp_path / "ImageReward.pt", "tokenizer": tmp_path, "config": CONFIG}
     images = np.random.default_rng(2).random((2, 3, 40, 56, 3), dtype=np.float32)
     prompts = ["a red circle", "Two BLUE squares"]
-    values, ok = RewardSet({"image_reward": options})(images, prompts)["image_reward"]
+    values, ok = RewardSet({"image_reward": options})(from_images(images), rows_of(prompts))["image_reward"]
     assert ok.all()
 
     ids = np.zeros((2, 35), np.int64)
