@@ -16,7 +16,6 @@ def get_config():
     config = default()
     config.run_dir = "runs/flux_hps"
     config.steps = 300
-    config.model.policy = "flux"
     config.model.folder = "black-forest-labs/FLUX.1-dev"
     config.model.dtype = "bfloat16"
     config.model.height = config.model.width = 720
@@ -29,19 +28,17 @@ def get_config():
     # diffusers' pipeline. Exact values lie in the middle of both; "bf16_ref" reproduces the reference.
     config.sampler.time_rounding = "exact"
     config.data.train = "dancegrpo_jax/prompts/train.txt"
-    config.data.heldout = "dancegrpo_jax/prompts/heldout.txt"
     config.data.prompts_per_step, config.data.group_size = 16, 12  # 16 devices with 1 prompt each
-    config.data.chunks = 4  # rollouts of 48 samples, as many as a micro-batch: in bfloat16 both then round alike
+    config.data.chunks = 4
     config.rewards = {"hps": {"dtype": "bfloat16"}}
-    config.grpo.clip_range = 1e-4
-    config.grpo.timestep_fraction = 0.6  # 9 of the first 15 steps
-    config.grpo.updates_per_rollout = 3  # 64 samples an update
-    config.grpo.microbatch = 48  # pairs; weights are gathered once for each micro-batch, so a few large ones
+    config.algorithm = {"grpo": {"clip_range": 1e-4, "timestep_fraction": 0.6}}  # 9 of the first 15 steps
+    config.optim.updates_per_rollout = 3  # 64 samples an update
+    config.optim.microbatch = 48  # pairs; weights are gathered once for each micro-batch, so a few large ones
     config.optim.learning_rate = 1e-5
     config.optim.weight_decay = 1e-4
     config.optim.grad_clip = 1.0
     config.optim.ema_decay = 0.995  # of the 8-GPU preset
-    config.eval.every, config.eval.num_prompts, config.eval.batch = 25, 32, 16
+    config.evals = {"eval": {"rows": "dancegrpo_jax/prompts/heldout.txt", "count": 32, "batch": 16, "every": 25}}
     config.checkpoint.every = 25
     config.mesh.data, config.mesh.fsdp = 1, -1
     return config

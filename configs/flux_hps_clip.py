@@ -11,7 +11,6 @@ from configs import flux_hps
 def get_config():
     config = flux_hps.get_config()
     config.run_dir = "runs/flux_hps_clip"
-    config.combine = "advantages"
     config.rewards = {
         "hps": {"weight": 0.7, "dtype": "bfloat16"},
         "clip": {"reward": "clip_score", "weight": 1.4, "model": "apple/DFN5B-CLIP-ViT-H-14-378", "resize": "squash",

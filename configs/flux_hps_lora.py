@@ -17,6 +17,6 @@ def get_config():
     config.model.lora.targets = (r".*attn\.to_(q|k|v|out\.0)",)  # single blocks have no to_out
     config.sampler.steps = 12
     config.data.prompts_per_step = 16  # 8 devices with 2 prompts each
-    config.grpo.updates_per_rollout = 2  # 96 samples an update
+    config.optim.updates_per_rollout = 2  # 96 samples an update
     config.optim.learning_rate = 3e-4
     return config

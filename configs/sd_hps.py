@@ -15,7 +15,6 @@ def get_config():
     config = default()
     config.run_dir = "runs/sd_hps"
     config.steps = 300
-    config.model.policy = "stable_diffusion"
     config.model.folder = "CompVis/stable-diffusion-v1-4"
     config.model.dtype = "bfloat16"
     config.model.height = config.model.width = 512
@@ -24,18 +23,16 @@ def get_config():
     config.sampler.kernel, config.sampler.eta = "ddim", 1.0
     config.sampler.steps = config.sampler.eval_steps = 50
     config.data.train = "dancegrpo_jax/prompts/train.txt"
-    config.data.heldout = "dancegrpo_jax/prompts/heldout.txt"
     config.data.prompts_per_step, config.data.group_size = 32, 16  # 8 devices with 4 prompts each
-    config.data.chunks = 8  # rollouts of 64 samples, as many as a micro-batch: in bfloat16 both then round alike
+    config.data.chunks = 8
     config.rewards = {"hps": {"dtype": "bfloat16"}}
-    config.grpo.clip_range = 1e-4
-    config.grpo.timestep_fraction = 1.0  # all but the last step: 49 of 50
-    config.grpo.updates_per_rollout = 2  # 256 samples an update
-    config.grpo.microbatch = 64
+    config.algorithm = {"grpo": {"clip_range": 1e-4, "timestep_fraction": 1.0}}  # all but the last step: 49 of 50
+    config.optim.updates_per_rollout = 2  # 256 samples an update
+    config.optim.microbatch = 64
     config.optim.learning_rate = 1e-5
     config.optim.weight_decay = 1e-4
     config.optim.grad_clip = 1.0
     config.optim.ema_decay = 0.995  # the preset has none; evaluation is steadier with it, training does not see it
-    config.eval.every, config.eval.num_prompts, config.eval.batch = 25, 32, 32
+    config.evals = {"eval": {"rows": "dancegrpo_jax/prompts/heldout.txt", "count": 32, "batch": 32, "every": 25}}
     config.checkpoint.every = 25
     return config

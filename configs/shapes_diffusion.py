@@ -13,14 +13,13 @@ def get_config():
     config = shapes_flow.get_config()
     config.run_dir = "runs/shapes_diffusion"
     config.steps = 40
-    config.model.policy = "stable_diffusion"
     config.model.folder = "dancegrpo_jax/worlds/weights/diffusion"
     config.model.remat = "none"  # "dots" would compute convolutions twice
     config.model.lora.targets = (r".*attn2\.to_[qkv]",)  # where the caption enters
     config.sampler.kernel, config.sampler.eta = "ddim", 1.0
     config.sampler.steps, config.sampler.eval_steps = 10, 10
     config.sampler.shift = 1.0
-    config.grpo.microbatch = 1536  # all pairs at once
+    config.optim.microbatch = 1536  # all pairs at once
     config.optim.schedule = "constant"
-    config.eval.every = 10
+    config.evals.eval.every = 10
     return config

@@ -14,7 +14,6 @@ def get_config():
     config = default()
     config.run_dir = "runs/shapes_flow"
     config.steps = 50
-    config.model.policy = "flux"
     config.model.folder = "dancegrpo_jax/worlds/weights/flow"
     config.model.height = config.model.width = 32
     config.model.remat = "dots"  # on a CPU a fifth faster than "none", which moves more through memory
@@ -25,23 +24,17 @@ def get_config():
     config.sampler.kernel, config.sampler.eta = "flow", 0.7
     config.sampler.steps, config.sampler.shift = 8, 2.0
     config.sampler.eval_steps = 8
-    # Noise only in the first four steps, where colour and layout are decided; the rest is the ODE, as in evaluation.
-    config.sampler.window, config.sampler.window_interval = 4, 1_000_000
     config.data.train = "dancegrpo_jax/worlds/prompts/train.txt"
-    config.data.heldout = "dancegrpo_jax/worlds/prompts/heldout.txt"
     config.data.prompts_per_step, config.data.group_size = 32, 12
     # The soft score alone rises at the cost of the strict one.
     config.rewards = {"strict": {"reward": "verifier", "mode": "strict", "weight": 1.0},
                       "soft": {"reward": "verifier", "weight": 0.5}}
-    config.eval.rewards = {"strict": {"reward": "verifier", "mode": "strict"}, "soft": {"reward": "verifier", "weight": 0.0}}
-    config.grpo.clip_range = 1e-4
-    config.grpo.timestep_fraction = 1.0
-    config.grpo.microbatch = 384
+    # Noise only in the first four steps, where colour and layout are decided; the rest is the ODE, as in evaluation.
+    config.algorithm = {"grpo": {"clip_range": 1e-4, "timestep_fraction": 1.0, "window": 4, "window_interval": 1_000_000}}
+    config.optim.microbatch = 384
     config.optim.learning_rate, config.optim.b2 = 4e-3, 0.99
     config.optim.schedule = "linear"
     config.optim.ema_decay = 0.9
-    config.eval.every = 25
-    config.eval.num_prompts = 512
-    config.eval.batch = 256
+    config.evals = {"eval": {"rows": "dancegrpo_jax/worlds/prompts/heldout.txt", "count": 512, "batch": 256, "every": 25}}
     config.checkpoint.every = 5
     return config

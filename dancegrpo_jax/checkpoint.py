@@ -99,7 +99,7 @@ class Checkpointer:
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), [restored[name] for name in expected])
         return step, state, record["meta"]
 
-    def restore_weights(self, abstract_params: Mapping) -> tuple[int, dict]:
+    def restore_weights(self, abstract_params) -> tuple[int, Any]:
         """The weights to evaluate and export of the newest intact checkpoint, without optimizer state: (step, params).
 
         They are the moving average, if the run keeps one. Args and errors as for `restore_latest`; also
@@ -110,10 +110,10 @@ class Checkpointer:
             raise CheckpointError(f"{self.directory}: no usable checkpoint; train first, or name another run")
         folder = self.directory / str(step)
         prefix = "ema." if any(name.startswith("ema.") for name in record["arrays"]) else "trainable."
-        expected = {prefix + name: leaf for name, leaf in abstract_params.items()}
+        expected = {prefix + name: leaf for name, leaf in _named(abstract_params).items()}
         _compare(folder, {name: text for name, text in record["arrays"].items() if name.startswith(prefix)}, expected)
         restored = _read(folder, expected)
-        return step, {name.removeprefix(prefix): leaf for name, leaf in restored.items()}
+        return step, jax.tree.unflatten(jax.tree.structure(abstract_params), [restored[name] for name in expected])
 
     def wait(self) -> None:
         """Returns when the save under way is complete. Raises: CheckpointError if it failed."""

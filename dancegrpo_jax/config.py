@@ -5,6 +5,7 @@ locked `ml_collections.ConfigDict`, so a typo is an error, in the file and on th
 """
 
 import ast
+import dataclasses
 import difflib
 import json
 import math
@@ -18,149 +19,122 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-# The choices of sde.py, grpo.py and models/layers.py, spelled again so that help and config errors come without importing jax.
-FLOW_KERNELS, DIFFUSION_KERNELS = ("dance", "flow", "cps"), ("ddim", "sde")
-TIME_ROUNDING = ("exact", "int", "bf16_ref")
-COMBINE = ("advantages", "rewards", "gdpo")
-SCHEDULES = ("constant", "linear", "cosine")
-REMAT = ("full", "attention", "dots", "none")
-
-
-class ConfigError(ValueError):
-    """A wrong setting; one line naming the key, its value, what is allowed and the remedy."""
-
+from dancegrpo_jax import registry
+from dancegrpo_jax.options import (
+    ANY,
+    NOT_EMPTY,
+    POSITIVE,
+    TYPE_NAMES,
+    ConfigError,
+    Rule,
+    at_least,
+    between,
+    build,
+    check,
+    check_type,
+    fail,
+    one_of,
+    options_of,
+)
 
 # ------------------------------------------------------------------------------------------ the table
 
 
-class Rule(NamedTuple):
-    """What a value must satisfy, and the same in words."""
-
-    holds: Callable[[Any], bool]
-    text: str
-
-
 class Key(NamedTuple):
-    """One setting. Its type is the type of its default."""
+    """One setting. Its type is the type of its default.
+
+    changeable: whether it may differ when a run is resumed, since it changes how long, where and what is looked at, not what
+    is trained.
+    """
 
     default: Any
     rule: Rule
     help: str
+    changeable: bool = False
 
 
-def _at_least(low, multiple: int = 1) -> Rule:
-    text = f">= {low}" + (f" and a multiple of {multiple}" if multiple > 1 else "")
-    return Rule(lambda value: value >= low and value % multiple == 0 if multiple > 1 else value >= low, text)
-
-
-def _between(low, high, *, ends: str = "[]") -> Rule:
-    def holds(value):
-        return (value > low if ends[0] == "(" else value >= low) and (value < high if ends[1] == ")" else value <= high)
-    return Rule(holds, f"in {ends[0]}{low}, {high}{ends[1]}")
-
-
-def _one_of(*choices) -> Rule:
-    return Rule(lambda value: value in choices, f"one of {', '.join(map(repr, choices))}")
-
-
-_ANY = Rule(lambda value: True, "")
-_POSITIVE = Rule(lambda value: value > 0, "> 0")
-_NOT_EMPTY = Rule(bool, "not empty")
 _AXIS = Rule(lambda value: value == -1 or value >= 1, ">= 1, or -1 for the rest of the devices")
-KERNELS = {"flux": FLOW_KERNELS, "stable_diffusion": DIFFUSION_KERNELS}
-_POLICY = Rule(lambda value: value in KERNELS or ":" in value,
-               f"one of {', '.join(KERNELS)}, or 'package.module:Class'")
+_ONE = Rule(lambda value: len(value) == 1, "a dict of one entry, {name: {options}}")
 
 KEYS: dict[str, Key] = {
-    "seed": Key(0, _at_least(0), "all randomness derives from it"),
-    "run_dir": Key("runs/run", _NOT_EMPTY, "folder of metrics, images, checkpoints and the report"),
-    "steps": Key(100, _at_least(1), "iterations; one is a rollout and its updates"),
+    "seed": Key(0, at_least(0), "all randomness derives from it"),
+    "run_dir": Key("runs/run", NOT_EMPTY, "folder of metrics, images, checkpoints and the report", True),
+    "steps": Key(100, at_least(1), "iterations; one is a rollout and its updates", True),
 
-    "model.policy": Key("stable_diffusion", _POLICY, "family of the base model"),
-    "model.folder": Key("", _NOT_EMPTY, "pipeline in the diffusers layout: a folder, or a hub id owner/name[@revision]"),
-    "model.dtype": Key("float32", _one_of("float32", "bfloat16"), "compute dtype of the networks; what is trained is float32"),
-    "model.remat": Key("full", _one_of(*REMAT), "what the backward pass recomputes: full = all (least memory, about 1/3 more "
-                       "compute), attention = all but attention, dots = all but products with weights, none"),
-    "model.height": Key(512, _at_least(8, 8), "of the images, pixels"),
-    "model.width": Key(512, _at_least(8, 8), "of the images, pixels"),
-    "model.guidance_scale": Key(1.0, _at_least(0), "classifier-free guidance in rollout and update; 1 = off"),
-    "model.embedded_guidance": Key(3.5, _at_least(0), "guidance that distilled models (FLUX dev) take as an input"),
-    "model.text_length": Key(0, _at_least(0), "tokens of the longest text encoder (T5); 0 = as its tokenizer says"),
-    "model.decode_batch": Key(0, _at_least(0), "latents decoded at a time on each device, to bound memory; 0 = all"),
-    "model.decode_tile": Key(0, _at_least(0, 8), "side of the VAE's tiles in pixels; larger images are decoded in "
+    "model.folder": Key("", NOT_EMPTY, "pipeline in the diffusers layout: a folder, or a hub id owner/name[@revision]"),
+    "model.pipeline": Key("", ANY, "kind of the pipeline; empty = as its model_index.json says. Your own: package.module:Class"),
+    "model.parts": Key({}, ANY, "parts that come from elsewhere: {part: folder or hub id}"),
+    "model.dtype": Key("float32", one_of("float32", "bfloat16"), "compute dtype of the networks; what is trained is float32"),
+    "model.remat": Key("full", one_of(*registry.REMAT), "what the backward pass recomputes: full = all (least memory, about 1/3 "
+                       "more compute), attention = all but attention, dots = all but products with weights, none", True),
+    "model.height": Key(0, at_least(0), "of the images, pixels; 0 = as the model is usually sampled"),
+    "model.width": Key(0, at_least(0), "of the images, pixels; 0 = as the model is usually sampled"),
+    "model.guidance_scale": Key(1.0, at_least(0), "classifier-free guidance in rollout and update; 1 = off"),
+    "model.negative_prompt": Key("", ANY, "what guidance leads away from; a field negative_prompt of a row comes first"),
+    "model.embedded_guidance": Key(3.5, at_least(0), "guidance that distilled models (FLUX dev) take as an input"),
+    "model.text_length": Key(0, at_least(0), "tokens of the longest text encoder (T5); 0 = as its tokenizer says"),
+    "model.decode_batch": Key(0, at_least(0), "latents decoded at a time on each device, to bound memory; 0 = all"),
+    "model.decode_tile": Key(0, at_least(0, 8), "side of the VAE's tiles in pixels; larger images are decoded in "
                              "overlapping tiles; 0 = never"),
-    "model.lora.rank": Key(0, _at_least(0), "of the adapters; 0 trains all weights of the denoiser"),
-    "model.lora.alpha": Key(0.0, _at_least(0), "adapters are scaled by alpha / rank; 0 = 2 * rank"),
-    "model.lora.targets": Key((r".*attn.*\.to_(q|k|v|out\.0)",), _ANY, "regexes of layer names that get adapters"),
+    "model.lora.rank": Key(0, at_least(0), "of the adapters; 0 trains all weights of the denoiser"),
+    "model.lora.alpha": Key(0.0, at_least(0), "adapters are scaled by alpha / rank; 0 = 2 * rank"),
+    "model.lora.targets": Key((r".*attn.*\.to_(q|k|v|out\.0)",), ANY, "regexes of layer names that get adapters"),
 
-    "sampler.kernel": Key("ddim", _one_of(*FLOW_KERNELS, *DIFFUSION_KERNELS),
-                          f"transition: {', '.join(FLOW_KERNELS)} (rectified flow) or "
-                          f"{', '.join(DIFFUSION_KERNELS)} (diffusion)"),
-    "sampler.eta": Key(1.0, _POSITIVE, "strength of the sampling noise; 0.3 for dance, 0.7 for flow, 1.0 for ddim"),
-    "sampler.steps": Key(50, _between(2, 1000), "denoising steps of the rollout (T)"),
-    "sampler.shift": Key(1.0, _at_least(0), "of the rectified-flow schedule towards noise; 3 for FLUX; 0 = as the "
+    "sampler.kernel": Key("ddim", one_of(*registry.FLOW_KERNELS, *registry.DIFFUSION_KERNELS),
+                          f"transition: {', '.join(registry.FLOW_KERNELS)} (rectified flow) or "
+                          f"{', '.join(registry.DIFFUSION_KERNELS)} (diffusion)"),
+    "sampler.eta": Key(1.0, POSITIVE, "strength of the sampling noise; 0.3 for dance, 0.7 for flow, 1.0 for ddim"),
+    "sampler.steps": Key(50, between(2, 1000), "denoising steps of the rollout (T)"),
+    "sampler.shift": Key(1.0, at_least(0), "of the rectified-flow schedule towards noise; 3 for FLUX; 0 = as the "
                          "checkpoint's scheduler says"),
-    "sampler.time_rounding": Key("exact", _one_of(*TIME_ROUNDING), "of the times that flow models see, as in the PyTorch "
+    "sampler.time_rounding": Key("exact", one_of(*registry.TIME_ROUNDING), "of the times that flow models see, as in the PyTorch "
                                  "reference: int truncates, bf16_ref also rounds times and guidance to bfloat16"),
-    "sampler.window": Key(0, _at_least(0), "noisy and trained steps only within a moving window of this size; 0 = all"),
-    "sampler.window_stride": Key(1, _at_least(1), "steps by which the window moves"),
-    "sampler.window_interval": Key(25, _at_least(1), "iterations between two moves of the window"),
-    "sampler.shared_noise": Key(True, _ANY, "all samples of a prompt start from the same noise"),
-    "sampler.eval_steps": Key(50, _between(1, 1000), "steps of the deterministic sampler in evaluation"),
+    "sampler.shared_noise": Key(True, ANY, "all samples of a prompt start from the same noise"),
+    "sampler.eval_steps": Key(50, between(1, 1000), "steps of the deterministic sampler in evaluation"),
 
-    "data.train": Key("", _NOT_EMPTY, "prompts for training: .txt (one a line), .jsonl, .csv, or a TFDS folder"),
-    "data.heldout": Key("", _NOT_EMPTY, "prompts for evaluation, likewise"),
-    "data.embeddings": Key("", _ANY, "prompts encoded by launch/precompute.py; empty = encode them while training"),
-    "data.prompts_per_step": Key(8, _at_least(1), "prompts in an iteration (P)"),
-    "data.group_size": Key(16, _at_least(2), "samples of each prompt (G)"),
-    "data.chunks": Key(1, _at_least(1), "pieces of a rollout, so that host rewards overlap with sampling; divides P"),
+    "data.train": Key("", NOT_EMPTY, "prompts for training: .txt (one a line), .jsonl, .csv, or a TFDS folder; all fields of a "
+                      "row reach rewards and pipeline"),
+    "data.embeddings": Key("", ANY, "prompts encoded by launch/precompute.py; empty = encode them while training"),
+    "data.prompts_per_step": Key(8, at_least(1), "prompts in an iteration (P)"),
+    "data.group_size": Key(16, at_least(1), "samples of each prompt (G)"),
+    "data.chunks": Key(1, at_least(1), "pieces of a rollout, so that host rewards overlap with sampling; divides P"),
 
-    "rewards": Key({}, _NOT_EMPTY, 'what to maximise: {name: {"weight": w, ...options}}'),
-    "combine": Key("advantages", _one_of(*COMBINE), "how several rewards make one advantage"),
+    "rewards": Key({}, NOT_EMPTY, 'what to maximise: {name: {"weight": w, ...options}}'),
+    "algorithm": Key({"grpo": {}}, _ONE, f"how: {{name: {{options}}}} or a name alone; {', '.join(registry.ALGORITHMS)}"),
 
-    "grpo.clip_range": Key(1e-4, _POSITIVE, "of the ratio; it refers to the mean log-probability per dimension"),
-    "grpo.advantage_clip": Key(5.0, _POSITIVE, "limit of the absolute advantage"),
-    "grpo.timestep_fraction": Key(0.6, _between(0, 1, ends="(]"), "share of the steps that is trained, per sample"),
-    "grpo.best_of": Key(0, _at_least(0, 2), "train only the best and worst halves of this many samples; 0 = all"),
-    "grpo.kl_beta": Key(0.0, _at_least(0), "weight of the KL divergence to the base weights"),
-    "grpo.updates_per_rollout": Key(1, _at_least(1), "optimizer updates in an iteration"),
-    "grpo.rescore": Key(False, _ANY, "with several updates: take the old log-probabilities from the update's batches instead of "
-                        "the rollout's (one more forward pass), against rounding differences in bfloat16"),
-    "grpo.microbatch": Key(8, _at_least(1), "(sample, timestep) pairs in one accumulation step"),
+    "optim.learning_rate": Key(1e-5, POSITIVE, "of AdamW, at its highest"),
+    "optim.schedule": Key("constant", one_of(*registry.SCHEDULES), "of the learning rate after the warm-up; all but constant end "
+                          "at 0"),
+    "optim.b1": Key(0.9, between(0, 1, ends="[)"), "decay of the gradient average"),
+    "optim.b2": Key(0.999, between(0, 1, ends="[)"), "decay of the squared-gradient average"),
+    "optim.eps": Key(1e-8, POSITIVE, "of AdamW"),
+    "optim.weight_decay": Key(1e-4, at_least(0), "decoupled"),
+    "optim.grad_clip": Key(1.0, at_least(0), "limit of the global gradient norm; 0 = off"),
+    "optim.warmup_steps": Key(0, at_least(0), "updates of linear warm-up"),
+    "optim.ema_decay": Key(0.0, between(0, 1, ends="[)"), "moving average of the weights, for evaluation; 0 = off"),
+    "optim.updates_per_rollout": Key(1, at_least(1), "optimizer updates in an iteration"),
+    "optim.microbatch": Key(8, at_least(1), "examples in one accumulation step, e.g. (sample, timestep) pairs"),
 
-    "optim.learning_rate": Key(1e-5, _POSITIVE, "of AdamW, at its highest"),
-    "optim.schedule": Key("constant", _one_of(*SCHEDULES), "of the learning rate after the warm-up; all but constant end at 0"),
-    "optim.b1": Key(0.9, _between(0, 1, ends="[)"), "decay of the gradient average"),
-    "optim.b2": Key(0.999, _between(0, 1, ends="[)"), "decay of the squared-gradient average"),
-    "optim.eps": Key(1e-8, _POSITIVE, "of AdamW"),
-    "optim.weight_decay": Key(1e-4, _at_least(0), "decoupled"),
-    "optim.grad_clip": Key(1.0, _at_least(0), "limit of the global gradient norm; 0 = off"),
-    "optim.warmup_steps": Key(0, _at_least(0), "updates of linear warm-up"),
-    "optim.ema_decay": Key(0.0, _between(0, 1, ends="[)"), "moving average of the weights, for evaluation; 0 = off"),
+    "evals": Key({}, ANY, 'evaluations: {name: {"rows": file, "count": n, "every": iterations, "rewards": {...}}}; the one called '
+                 "eval is shown first", True),
 
-    "eval.every": Key(0, _at_least(0), "iterations between evaluations; 0 = only at the start and the end"),
-    "eval.num_prompts": Key(64, _at_least(1), "of the held-out file, from its start"),
-    "eval.batch": Key(16, _at_least(1), "prompts sampled at a time; the last batch is padded"),
-    "eval.rewards": Key({}, _ANY, "rewards to report; {} = the training rewards"),
+    "checkpoint.every": Key(25, at_least(1), "iterations between checkpoints", True),
+    "checkpoint.keep": Key(2, at_least(1), "newest checkpoints to keep", True),
 
-    "checkpoint.every": Key(25, _at_least(1), "iterations between checkpoints"),
-    "checkpoint.keep": Key(2, _at_least(1), "newest checkpoints to keep"),
+    "mesh.data": Key(-1, _AXIS, "devices that each hold all weights and share the batch", True),
+    "mesh.fsdp": Key(1, _AXIS, "devices that share weights and batch", True),
+    "mesh.seq": Key(1, _AXIS, "devices that share the tokens of each sample (FLUX), for long sequences", True),
+    "mesh.tensor": Key(1, _AXIS, "devices that share the features of each layer", True),
 
-    "mesh.data": Key(-1, _AXIS, "devices that each hold all weights and share the batch"),
-    "mesh.fsdp": Key(1, _AXIS, "devices that share weights and batch"),
-    "mesh.seq": Key(1, _AXIS, "devices that share the tokens of each sample (FLUX), for long sequences"),
-    "mesh.tensor": Key(1, _AXIS, "devices that share the features of each layer"),
-
-    "log.tensorboard": Key(True, _ANY, "write TensorBoard events into run_dir"),
-    "log.wandb": Key("", _ANY, "project name at Weights & Biases; empty = off"),
-    "log.images_every": Key(10, _at_least(0), "iterations between grids of training samples; 0 = never"),
-    "log.profile": Key(0, _at_least(0), "iteration to trace into run_dir/profile, for xprof; 0 = none. The first compiles: take a "
-                       "later one"),
-    "log.prompts_in_grid": Key(8, _at_least(1), "rows of an image grid"),
+    "log.tensorboard": Key(True, ANY, "write TensorBoard events into run_dir", True),
+    "log.wandb": Key("", ANY, "project name at Weights & Biases; empty = off", True),
+    "log.images_every": Key(10, at_least(0), "iterations between grids of training samples; 0 = never", True),
+    "log.profile": Key(0, at_least(0), "iteration to trace into run_dir/profile, for xprof; 0 = none. The first compiles: take a "
+                       "later one", True),
+    "log.prompts_in_grid": Key(8, at_least(1), "rows of an image grid", True),
 }
 FREE_FORM = tuple(name for name, key in KEYS.items() if isinstance(key.default, dict))
-_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string",
-               tuple: "a tuple of strings", dict: 'a dict {name: {"weight": w, ...}}'}
+RESERVED = ("train", "time", "perf")  # what metrics begin with already
 
 
 def default() -> ConfigDict:
@@ -190,16 +164,26 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
-def trained_steps(config: ConfigDict) -> int:
-    """Timesteps trained per sample (K): the fraction of the first T - 1 steps, or of the window; at least 1."""
-    return max(1, int((config.sampler.window or config.sampler.steps - 1) * config.grpo.timestep_fraction))
+def algorithm_of(config: ConfigDict):
+    """The algorithm that a config names, its options checked. Raises: ConfigError."""
+    (name, options), = config.algorithm.to_dict().items()
+    return build(registry.resolve(registry.ALGORITHMS, name, "algorithm"), options, f"algorithm.{name}")
+
+
+def evaluators_of(config: ConfigDict) -> dict:
+    """{name: evaluator} of `config.evals`, their options checked. Raises: ConfigError."""
+    found = {}
+    for name, options in config.evals.to_dict().items():
+        options = dict(options or {})
+        kind = registry.resolve(registry.EVALUATORS, options.pop("type", "heldout"), f"evals.{name}.type")
+        found[name] = build(kind, options, f"evals.{name}")
+        if name in RESERVED:
+            raise ConfigError(f"config.evals.{name}: metrics of this name exist already; choose another name")
+        _check_rewards(f"evals.{name}.rewards", found[name].rewards)
+    return found
 
 
 # ------------------------------------------------------------------------------------------ checking
-
-
-def _fail(name: str, value, text: str) -> None:
-    raise ConfigError(f"config.{name}={value!r}: {text}")
 
 
 def _nearest(name: str) -> str:
@@ -212,26 +196,13 @@ def _nearest(name: str) -> str:
     return f"; did you mean config.{found[0]}?" if found else "; --help lists all keys"
 
 
-def _check_type(name: str, value, kind: type) -> None:
-    if kind in (int, float):
-        good = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    elif kind is tuple:
-        good = isinstance(value, (tuple, list)) and all(isinstance(item, str) for item in value)
-    elif kind is dict:
-        good = isinstance(value, dict) and all(isinstance(options, dict | None) for options in value.values())
-    else:
-        good = isinstance(value, kind)
-    if not good:
-        _fail(name, value, f"must be {_TYPE_NAMES[kind]}")
-    if kind is float and not math.isfinite(value):
-        _fail(name, value, "must be a finite number")
-
-
 def _check_rewards(name: str, rewards: dict) -> None:
     for reward, options in rewards.items():
+        if options is not None and not isinstance(options, Mapping):
+            fail(f"{name}.{reward}", options, 'must be a dict of options like {"weight": 1.0}')
         for weight in _weights(options):
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                _fail(f"{name}.{reward}.weight", weight, "must be a finite number, or {component: number}; 0 means logged only")
+                fail(f"{name}.{reward}.weight", weight, "must be a finite number, or {component: number}; 0 means logged only")
 
 
 def _weights(options: dict | None) -> list:
@@ -259,79 +230,69 @@ def validate(config: ConfigDict, devices: int | None = None) -> None:
     for name, key in KEYS.items():
         if name not in flat:
             raise ConfigError(f"config.{name}: missing; start from dancegrpo_jax.config.default()")
-        value = flat[name]
-        _check_type(name, value, type(key.default))
-        if not key.rule.holds(value):
-            _fail(name, value, f"must be {key.rule.text} ({key.help}); set --config.{name}=...")
+        check(name, flat[name], key.default, key.rule, key.help)
     _check_rewards("rewards", flat["rewards"])
-    _check_rewards("eval.rewards", flat["eval.rewards"])
+    algorithm = algorithm_of(config)
+    algorithm.check(config.sampler.steps, config.data.group_size, f"algorithm.{next(iter(config.algorithm))}")
+    evaluators_of(config)
     if not any(weight for options in flat["rewards"].values() for weight in _weights(options)):
-        _fail("rewards", flat["rewards"], "at least one weight must differ from 0")
+        fail("rewards", flat["rewards"], "at least one weight must differ from 0")
     _check_sampler(config)
     _check_lora(config)
-    _check_batch(config, devices)
+    _check_batch(config, algorithm, devices)
 
 
 def _check_sampler(config) -> None:
     sampler = config.sampler
-    kernels = KERNELS.get(config.model.policy)
-    if kernels and sampler.kernel not in kernels:
-        _fail("sampler.kernel", sampler.kernel,
-              f"config.model.policy={config.model.policy!r} takes {' or '.join(kernels)}")
     if sampler.kernel in ("cps", "ddim") and sampler.eta > 1:
-        _fail("sampler.eta", sampler.eta, f"must be in (0, 1] for the kernel {sampler.kernel!r}, whose noise cannot "
+        fail("sampler.eta", sampler.eta, f"must be in (0, 1] for the kernel {sampler.kernel!r}, whose noise cannot "
               "exceed the noise level; lower it")
-    if sampler.window > sampler.steps - 1:
-        _fail("sampler.window", sampler.window, f"must be 0..{sampler.steps - 1} (config.sampler.steps - 1: the last "
-              "step is never trained); lower it, or set 0 for all steps")
 
 
 def _check_lora(config) -> None:
     lora = config.model.lora
     if lora.rank and not lora.targets:
-        _fail("model.lora.targets", lora.targets, "must name at least one layer when config.model.lora.rank > 0")
+        fail("model.lora.targets", lora.targets, "must name at least one layer when config.model.lora.rank > 0")
     for target in lora.targets:
         try:
             re.compile(target)
         except re.error as error:
-            _fail("model.lora.targets", target, f"not a regular expression ({error}); escape special characters by \\")
+            fail("model.lora.targets", target, f"not a regular expression ({error}); escape special characters by \\")
 
 
-def _check_batch(config, devices: int | None) -> None:
-    data, grpo = config.data, config.grpo
+def _check_batch(config, algorithm, devices: int | None) -> None:
+    data, optim = config.data, config.optim
     if data.prompts_per_step % data.chunks:
-        _fail("data.chunks", data.chunks, f"must divide config.data.prompts_per_step={data.prompts_per_step}; "
-              f"near are {_divisors_near(data.prompts_per_step, data.chunks)}")
-    if grpo.best_of > data.group_size:
-        _fail("grpo.best_of", grpo.best_of, f"must be 0 or an even number up to "
-              f"config.data.group_size={data.group_size}; lower it or raise the group size")
-    rows, steps = data.prompts_per_step * (grpo.best_of or data.group_size), trained_steps(config)
-    if rows % grpo.updates_per_rollout:
-        _fail("grpo.updates_per_rollout", grpo.updates_per_rollout, f"must divide the {rows} trained samples of an "
-              f"iteration (prompts * samples each); near are {_divisors_near(rows, grpo.updates_per_rollout)}")
-    pairs = rows // grpo.updates_per_rollout * steps
-    if pairs % grpo.microbatch:
-        _fail("grpo.microbatch", grpo.microbatch, f"must divide the {pairs} (sample, timestep) pairs of an update "
-              f"({rows // grpo.updates_per_rollout} samples x {steps} timesteps); near are "
-              f"{_divisors_near(pairs, grpo.microbatch)}")
+        fail("data.chunks", data.chunks, f"must divide config.data.prompts_per_step={data.prompts_per_step}; "
+             f"near are {_divisors_near(data.prompts_per_step, data.chunks)}")
+    rows = data.prompts_per_step * algorithm.samples_per_prompt(data.group_size)
+    each = algorithm.examples_per_sample(config.sampler.steps)
+    if rows % optim.updates_per_rollout:
+        fail("optim.updates_per_rollout", optim.updates_per_rollout, f"must divide the {rows} trained samples of an "
+             f"iteration (prompts * samples each); near are {_divisors_near(rows, optim.updates_per_rollout)}")
+    pairs = rows // optim.updates_per_rollout * each
+    if pairs % optim.microbatch:
+        fail("optim.microbatch", optim.microbatch, f"must divide the {pairs} (sample, timestep) pairs of an update "
+             f"({rows // optim.updates_per_rollout} samples x {each} timesteps); near are "
+             f"{_divisors_near(pairs, optim.microbatch)}")
 
     axes = dict(config.mesh)
     rest = [name for name, size in axes.items() if size == -1]
     if len(rest) > 1:
-        _fail(f"mesh.{rest[1]}", -1, f"only one axis may be -1, and config.mesh.{rest[0]} is; give a number of devices")
+        fail(f"mesh.{rest[1]}", -1, f"only one axis may be -1, and config.mesh.{rest[0]} is; give a number of devices")
     known = math.prod(size for size in axes.values() if size != -1)
     if devices is not None:
         if devices % known or (not rest and devices != known):
-            _fail("mesh", axes, f"the axes must multiply to the {devices} devices; set one axis to -1")
+            fail("mesh", axes, f"the axes must multiply to the {devices} devices; set one axis to -1")
         if rest:
             axes[rest[0]] = devices // known
     parts = axes["data"] * axes["fsdp"]
-    if parts > 0 and grpo.microbatch % parts:
-        _fail("grpo.microbatch", grpo.microbatch, f"must be a multiple of the {parts} devices that share the batch "
+    if parts > 0 and optim.microbatch % parts:
+        fail("optim.microbatch", optim.microbatch, f"must be a multiple of the {parts} devices that share the batch "
               "(config.mesh.data * config.mesh.fsdp)")
-    if parts > 0 and rows % (parts * grpo.updates_per_rollout):
-        _fail("data.prompts_per_step", data.prompts_per_step, f"the {rows} trained samples of an iteration must divide "
-              f"over {parts} devices and {grpo.updates_per_rollout} updates")
+    if parts > 0 and rows % (parts * optim.updates_per_rollout):
+        fail("data.prompts_per_step", data.prompts_per_step, f"the {rows} trained samples of an iteration must divide "
+              f"over {parts} devices and {optim.updates_per_rollout} updates")
 
 
 def exit_status(command: Callable, *args) -> int:
@@ -355,6 +316,14 @@ def usage(program: str = "python launch/train.py") -> str:
         value = json.dumps(key.default) if not isinstance(key.default, tuple) else repr(key.default)
         allowed = f" [{key.rule.text}]" if key.rule.text and key.rule.text not in key.help else ""
         lines.append(f"  --config.{name}={value}\n      {key.help}{allowed}")
+    for section, table in (("algorithm", registry.ALGORITHMS), ("evals.NAME", registry.EVALUATORS)):
+        for name in table:
+            kind = registry.resolve(table, name, section)
+            place = f"{section}.{name}" if section == "algorithm" else section
+            lines += ["", f"{name}: {' '.join(kind.__doc__.split())}"]
+            lines += [f"  --config.{place}.{each.name}={json.dumps(each.default)}\n      {each.help}"
+                      + (f" [{each.rule.text}]" if each.rule.text and each.rule.text not in each.help else "")
+                      for each in options_of(kind)]
     return "\n".join(lines)
 
 
@@ -459,7 +428,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
         for part in parts:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
-                _fail(name, text, f"{part!r} is not a dict")
+                fail(name, text, f"{part!r} is not a dict")
         node[last] = _literal(text, text)
         _assign(config, free, value)
         return
@@ -470,7 +439,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
 
 
 def _assign(config: ConfigDict, name: str, value) -> None:
-    _check_type(name, value, type(KEYS[name].default))
+    check_type(name, value, type(KEYS[name].default))
     *sections, last = name.split(".")
     node = config
     for section in sections:
@@ -493,6 +462,8 @@ def _literal(text: str, otherwise):
 def _parse(name: str, text: str, kind: type):
     if kind is str:
         return text
+    if name == "algorithm" and text in registry.ALGORITHMS:
+        return {text: {}}
     if kind is bool:
         value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower())
     elif kind is tuple:
@@ -508,5 +479,5 @@ def _parse(name: str, text: str, kind: type):
         except ValueError:
             value = None
     if value is None:
-        _fail(name, text, f"must be {_TYPE_NAMES[kind]}")
+        fail(name, text, f"must be {TYPE_NAMES[kind]}")
     return value

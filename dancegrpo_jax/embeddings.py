@@ -25,7 +25,7 @@ FORMAT = 1
 SHARD = 512  # prompts
 
 
-def fingerprint(policy) -> dict:
+def fingerprint(pipeline) -> dict:
     """What decides the embeddings: {"pipeline", "lengths", "encoders": {folder: hash}}.
 
     A hash covers all small files of the encoder and its tokenizer, and of every safetensors file its size and 16 blocks
@@ -46,8 +46,9 @@ def fingerprint(policy) -> dict:
                     state.update(file.name.encode() + file.read_bytes())
         return state.hexdigest()[:32]
 
-    encoders = {name: digest(policy.part(name), policy.part(tokenizer)) for name, tokenizer, *_ in policy.text_encoders()}
-    return {"pipeline": policy.pipeline, "lengths": policy.lengths, "encoders": encoders}
+    encoders = {name: digest(pipeline.part(name), pipeline.part(pipeline.parts[name].tokenizer[0]))
+                for name in pipeline.named("text")}
+    return {"pipeline": type(pipeline).__name__, "lengths": pipeline.lengths, "encoders": encoders}
 
 
 def pack(cond: dict[str, np.ndarray]) -> bytes:

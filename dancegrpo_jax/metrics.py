@@ -12,7 +12,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,10 +21,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dancegrpo_jax.config import ConfigError, flatten
+from dancegrpo_jax.config import KEYS, ConfigError, flatten
 
-# What may differ when a run is resumed: it changes how long and where, not what is computed.
-CHANGEABLE = ("steps", "run_dir", "model.remat", "eval.every", "checkpoint.", "mesh.", "log.")
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections", "numpy",
             "transformers", "safetensors", "pillow")
 
@@ -35,7 +33,7 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "gra
 def start_run_dir(run_dir, config: ConfigDict) -> Path:
     """Makes the folder of a run and writes config.json and versions.json; an existing one must hold the same config.
 
-    Number of iterations, cadence of evaluation, checkpoints and logs, mesh and folder name may differ (`CHANGEABLE`).
+    Number of iterations, cadence of evaluation, checkpoints and logs, mesh and folder name may differ (`Key.changeable`).
 
     Returns: the folder.
     Raises: ConfigError naming the keys that differ, or if the folder cannot be written or read.
@@ -62,7 +60,7 @@ def start_run_dir(run_dir, config: ConfigDict) -> Path:
 
 def _compare(folder: Path, theirs: Mapping, mine: Mapping) -> None:
     names = [name for name in sorted(theirs.keys() | mine.keys()) if theirs.get(name) != mine.get(name)
-             and not any(name == key or key.endswith(".") and name.startswith(key) for key in CHANGEABLE)]
+             and not (name in KEYS and KEYS[name].changeable)]
     if names:
         listed = ", ".join(f"{name} ({json.dumps(theirs.get(name))} there, {json.dumps(mine.get(name))} now)"
                            for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -317,11 +315,12 @@ class StepTimer:
 class Progress:
     """One line per iteration on stdout.
 
-    Args: total: iterations of the run; start: those already done. stream: where to print.
+    Args: total: iterations of the run; start: those already done. headline: scalars of training that are shown beside the
+    rewards. stream: where to print.
     """
 
-    def __init__(self, total: int, start: int = 0, stream=None):
-        self.total, self.stream = total, stream
+    def __init__(self, total: int, start: int = 0, headline: Sequence[str] = (), stream=None):
+        self.total, self.headline, self.stream = total, headline, stream
         self._durations: list[float] = []
 
     def update(self, step: int, record: Mapping[str, float]) -> None:
@@ -329,12 +328,10 @@ class Progress:
         parts = [f"{record[name]:.4g} {name.split('/')[2]}" for name in record
                  if name.startswith("train/reward/") and name.endswith("/mean")]
         parts = ["reward " + ", ".join(parts)] if parts else []
-        if "train/ratio/mean" in record:
-            mean, low, high = (record[f"train/ratio/{key}"] - 1 for key in ("mean", "min", "max"))
-            parts.append(f"ratio-1 {mean:+.1e} [{low:+.1e}, {high:+.1e}]")
-        if "train/clip_fraction/low" in record:
-            clipped = record["train/clip_fraction/low"] + record["train/clip_fraction/high"]
-            parts.append(f"clipped {clipped:.1%}")
+        for name in self.headline:
+            value = record.get(f"train/{name}")
+            if value is not None:  # a ratio is 1 and a little
+                parts.append(f"{name}-1 {value - 1:+.1e}" if name.startswith("ratio/") else f"{name} {value:.3g}")
         if "perf/samples_per_second" in record:
             parts.append(f"{record['perf/samples_per_second']:.3g} samples/s")
         seconds = record.get("time/total")

@@ -16,10 +16,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-FLOW_KERNELS = ("dance", "flow", "cps")
-DIFFUSION_KERNELS = ("ddim", "sde")
-TIME_ROUNDING = ("exact", "int", "bf16_ref")
-PREDICTIONS = ("velocity", "epsilon", "v_prediction", "sample")
+from dancegrpo_jax.registry import DIFFUSION_KERNELS, FLOW_KERNELS, PREDICTIONS
+
 # A level above this is pure noise; no float has to equal another for that. The first level of a flow schedule is 1 (give or
 # take roundings of 6e-8), any second one at most 1 - 1 / (shift steps): 1000 steps with a shift of 20 leave 50 times the
 # distance that is needed here, and schedules refuse what would come too near.
@@ -37,6 +35,13 @@ class Schedule(NamedTuple):
     times: np.ndarray
     sigmas: np.ndarray
     stochastic: np.ndarray
+
+
+class Kernel(NamedTuple):
+    """A transition kernel (`transition`) and its noise strength. Static; the default serves where no step is stochastic."""
+
+    name: str = "dance"
+    eta: float = 0.0
 
 
 def flow_schedule(steps: int, shift: float = 1.0, rounding: str = "exact") -> Schedule:
@@ -102,7 +107,7 @@ def window(schedule: Schedule, start: int, size: int) -> Schedule:
 
 def deterministic(schedule: Schedule) -> Schedule:
     """The same schedule without noise: the probability-flow ODE (Euler for flow, DDIM with eta 0 for diffusion)."""
-    return schedule._replace(stochastic=np.zeros_like(schedule.stochastic))
+    return schedule._replace(stochastic=jnp.zeros_like(schedule.stochastic))
 
 
 def alpha(prediction: str, sigma):

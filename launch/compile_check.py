@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--adapt", action="store_true", help="change mesh, prompts, chunks and micro-batch to what divides over "
                                                             "the topology, and say how")
     parser.add_argument("--phases", default="", help="compile only these: encode, rollout, decode, reward, update, ...")
-    parser.add_argument("--microbatch", action="store_true", help="also search the largest config.grpo.microbatch that fits "
+    parser.add_argument("--microbatch", action="store_true", help="also search the largest config.optim.microbatch that fits "
                                                                  "(several compiles)")
     parser.add_argument("--json", metavar="FILE", help="write everything that was found out")
     args, overrides = parser.parse_known_args(argv[1:])

@@ -21,27 +21,28 @@ def export(run_dir, out, dtype: str | None = None, max_shard_size: str = "5GB") 
       max_shard_size: of one safetensors file, e.g. "5GB".
     Raises: ConfigError or CheckpointError if there is nothing to export, FileExistsError if `out` is not empty.
     """
-    from dancegrpo_jax.evaluate import load_run
+    from dancegrpo_jax.session import open_run
     from dancegrpo_jax.models.files.convert import WEIGHT_FILES, Folder, save_params
     from dancegrpo_jax.models.files.lora import save_adapters
 
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"--out={out}: not empty; choose another folder")
-    config, policy, params, _, step = load_run(run_dir, text=False)
+    config, pipeline, trainable, _, step = open_run(run_dir, text=False)
     out.mkdir(parents=True, exist_ok=True)
-    part = policy.denoiser_folder
     if config.model.lora.rank:
         path = out / "pytorch_lora_weights.safetensors"
-        save_adapters(path, params, prefix=part, scale=policy.lora_scale, dtype=dtype or "float32")
+        save_adapters(path, trainable, scale=pipeline.lora_scale, dtype=dtype or "float32")
     else:
+        trained = [pipeline.part(name) for name in trainable]
+
         def unwanted(folder, names):  # weights of the base denoiser, and what is no part of the pipeline
-            here = Path(folder)
-            stale = ".safetensors" if here in (policy.part(part), policy.folder) else ".bin"
+            stale = ".safetensors" if Path(folder) in (*trained, pipeline.folder) else ".bin"
             return [name for name in names if stale in name or name.startswith(".")]
-        shutil.copytree(policy.folder, out, ignore=unwanted, dirs_exist_ok=True)
-        base = Folder(policy.part(part))
-        save_params(out / part, params, WEIGHT_FILES[0], dtype or base.dtypes(), max_shard_size)
+        shutil.copytree(pipeline.folder, out, ignore=unwanted, dirs_exist_ok=True)
+        for name, params in trainable.items():
+            dtypes = dtype or Folder(pipeline.part(name)).dtypes()
+            save_params(out / name, params, WEIGHT_FILES[0], dtypes, max_shard_size)
         path = out
     print(f"step {step} of {run_dir} -> {path}")
     return path

@@ -2,13 +2,12 @@
 
     python launch/precompute.py --config=configs/flux_hps.py --out=data/hpd_flux
 
-takes model, lengths and both prompt files from a training config (overridden as for launch/train.py). Stopped, it
+takes model, lengths and all prompt files from a training config (overridden as for launch/train.py). Stopped, it
 resumes with the next shard. A FLUX prompt takes 3.1 MB at T5's 512 tokens, and half with --config.model.text_length=256.
 """
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,10 +23,10 @@ def precompute(argv: list[str], out: str, batch: int) -> Path:
     from tqdm import tqdm
 
     from dancegrpo_jax import embeddings, sharding
-    from dancegrpo_jax.config import ConfigError, load, validate
-    from dancegrpo_jax.data import read_prompts
-    from dancegrpo_jax.evaluate import encode_prompts
-    from dancegrpo_jax.pipelines.base import configured_policy
+    from dancegrpo_jax.config import ConfigError, evaluators_of, load, validate
+    from dancegrpo_jax.data import read_rows
+    from dancegrpo_jax.rollout import encode
+    from dancegrpo_jax.session import configured_pipeline, with_negatives
 
     config = load(argv)
     validate(config, jax.device_count())
@@ -35,16 +34,20 @@ def precompute(argv: list[str], out: str, batch: int) -> Path:
         raise ConfigError("--out=FOLDER is missing")
     if batch < 1:
         raise ConfigError(f"--batch={batch}: must be at least 1 prompt")
-    prompts = read_prompts(config.data.train) + read_prompts(config.data.heldout)
+    files = dict.fromkeys([config.data.train, *(evaluator.rows for evaluator in evaluators_of(config).values())])
+    rows = [row for file in files for row in read_rows(file)]
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
-        policy = configured_policy(config)
-        if cut := policy.truncated(prompts):
+        pipeline = configured_pipeline(config)
+        prompts = [row.prompt for row in rows] + pipeline.negatives(with_negatives(rows, pipeline))
+        if cut := pipeline.truncated(prompts):
             print(f"{cut} of {len(prompts)} prompts are too long for the text encoder: their ends are cut", file=sys.stderr)
-        frozen = policy.load_text(mesh)
+        frozen, key = pipeline.load_text(mesh), jax.random.key(0)
 
-        embed = partial(encode_prompts, policy, frozen, mesh)
-        source = embeddings.fingerprint(policy)
+        def embed(prompts):
+            tokens = sharding.shard_batch({"positive": pipeline.tokenize(prompts)}, mesh)
+            return encode(pipeline, frozen, tokens, key).positive
+        source = embeddings.fingerprint(pipeline)
         with tqdm(total=len(set(prompts) | {""}), unit="prompt") as bar:
             for done, _ in embeddings.write(out, prompts, embed, source, batch):
                 bar.update(done - bar.n)

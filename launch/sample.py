@@ -10,15 +10,11 @@ or a hub id; `--run` takes model, size, steps and guidance from the run's config
 import argparse
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-# Of diffusers' pipelines; FLUX's guidance is an input of its transformer, not classifier-free.
-DEFAULTS = {"stable_diffusion": {"kernel": "ddim", "steps": 50, "guidance_scale": 7.5, "size": 512},
-            "flux": {"kernel": "flow", "steps": 28, "guidance_scale": 3.5, "size": 1024}}
-
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python launch/sample.py", description=__doc__,
@@ -31,8 +27,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", default="samples", help="folder of the images (default: samples)")
     parser.add_argument("--images_per_prompt", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="default: 50 (Stable Diffusion), 28 (FLUX)")
-    parser.add_argument("--guidance_scale", type=float, help="default: 7.5 (Stable Diffusion), 3.5 (FLUX, as an input)")
+    parser.add_argument("--steps", type=int, help="default: the model's usual, 50 (Stable Diffusion), 28 (FLUX)")
+    parser.add_argument("--guidance_scale", type=float, help="default: the model's usual, 7.5 (Stable Diffusion), 3.5 (FLUX, as an "
+                        "input)")
+    parser.add_argument("--negative_prompt", help="what guidance leads away from; default: none")
     parser.add_argument("--shift", type=float, default=0.0, help="of the flow schedule; default: the checkpoint's own")
     parser.add_argument("--size", help="HEIGHTxWIDTH or one number, pixels; default: 512 (Stable Diffusion), 1024 (FLUX)")
     parser.add_argument("--batch", type=int, default=4, help="images at a time (default: 4)")
@@ -42,7 +40,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv[1:])
     if not args.prompt and not args.prompts:
         parser.error("no prompts: give --prompt or --prompts")
-    for name in ("size", "guidance_scale", "dtype", "decode_tile"):
+    for name in ("size", "guidance_scale", "negative_prompt", "dtype", "decode_tile"):
         if args.run and getattr(args, name) is not None:
             parser.error(f"--{name}: only for --model; a run is sampled as its config says")
     for name in ("images_per_prompt", "batch"):
@@ -53,50 +51,59 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def base_model(args: argparse.Namespace, mesh):
+    """(pipeline, trainable, frozen, steps) of `--model`, with what its kind is usually sampled with where nothing else is asked for."""
+    from dancegrpo_jax.pipelines.base import pipeline_class
+
+    kind = pipeline_class(args.model)
+    usual = kind.defaults
+    height, _, width = (args.size or f"{usual.height}x{usual.width}").partition("x")
+    # A distilled model takes its guidance as an input; for it, classifier-free guidance is off.
+    name = "embedded_guidance" if usual.embedded_guidance else "guidance_scale"
+    pipeline = kind(args.model, height=int(height), width=int(width or height), dtype=args.dtype or "bfloat16", remat="none",
+                    decode_tile=args.decode_tile or 0, negative_prompt=args.negative_prompt or "",
+                    **{name: getattr(usual, name) if args.guidance_scale is None else args.guidance_scale})
+    return pipeline, *pipeline.load(mesh=mesh), args.steps or usual.steps
+
+
 def sample(args: argparse.Namespace) -> Path:
     """Writes the images of `args` (`parse`) and index.jsonl into `args.out`; returns that folder."""
     import jax
     from PIL import Image
 
     from dancegrpo_jax import sharding
-    from dancegrpo_jax.data import read_prompts
-    from dancegrpo_jax.evaluate import encode_prompts, generate, load_run
-    from dancegrpo_jax.metrics import image_grid
-    from dancegrpo_jax.pipelines.base import find_folder, make_policy, pipeline_policy
+    from dancegrpo_jax.data import read_rows, rows_of
+    from dancegrpo_jax.media import image_grid, to_uint8
+    from dancegrpo_jax.rollout import encode, generate
+    from dancegrpo_jax.session import open_run, with_negatives
 
-    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
-    mesh = sharding.make_mesh()
-    with jax.set_mesh(mesh):
-        if args.run:
-            config, policy, params, frozen, _ = load_run(args.run, mesh)
-            steps, shift = args.steps or config.sampler.eval_steps, args.shift or config.sampler.shift
-        else:
-            folder = find_folder(args.model)
-            name = pipeline_policy(folder)
-            default = DEFAULTS[name]
-            height, _, width = (args.size or str(default["size"])).partition("x")
-            guidance = default["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
-            guidance = {"embedded_guidance" if name == "flux" else "guidance_scale": guidance}
-            policy = make_policy(
-                name, folder, kernel=default["kernel"], eta=1.0, height=int(height), width=int(width or height),
-                dtype=args.dtype or "bfloat16", remat="none", decode_tile=args.decode_tile or 0, **guidance)
-            params, frozen = policy.load(mesh=mesh)
-            steps, shift = args.steps or default["steps"], args.shift
-
-        embed = partial(encode_prompts, policy, frozen, mesh)
-        repeated = [prompt for prompt in prompts for _ in range(args.images_per_prompt)]
-        images = generate(policy, params, frozen, repeated, policy.schedule(steps, shift), embed=embed,
-                          batch=min(args.batch, len(repeated)), seed=args.seed)
-    out = Path(args.out)
+    rows = rows_of(args.prompt) + (read_rows(args.prompts) if args.prompts else [])
+    mesh, shift = sharding.make_mesh(), args.shift
+    out, count = Path(args.out), args.images_per_prompt
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "index.jsonl").open("w") as index:
-        for i, image in enumerate(images):
-            file = f"{i // args.images_per_prompt:05d}_{i % args.images_per_prompt:02d}.png"
-            Image.fromarray(image).save(out / file)
-            index.write(json.dumps({"file": file, "prompt": repeated[i], "seed": args.seed}) + "\n")
+    with jax.set_mesh(mesh), (out / "index.jsonl").open("w") as index:
+        if args.run:
+            config, pipeline, trainable, frozen, _ = open_run(args.run, mesh)
+            steps, shift = args.steps or config.sampler.eval_steps, shift or config.sampler.shift
+        else:
+            pipeline, trainable, frozen, steps = base_model(args, mesh)
+
+        def condition(rows, key, call):
+            return call("encode", encode, pipeline, frozen, sharding.shard_batch(pipeline.inputs(rows), mesh), key)
+        wanted = [row for row in with_negatives(rows, pipeline) for _ in range(count)]
+        pictures = []  # for the grid
+        for part, media, valid in generate(pipeline, trainable, frozen, wanted, pipeline.schedule(steps, shift), condition=condition,
+                                           batch=min(args.batch, len(wanted)), seed=args.seed):
+            for row, picture in zip(part[:valid], to_uint8(media)[:, 0, 0]):
+                number = len(pictures)
+                file = f"{number // count:05d}_{number % count:02d}.png"
+                Image.fromarray(picture).save(out / file)
+                index.write(json.dumps({"file": file, "prompt": row.prompt, "seed": args.seed}) + "\n")
+                pictures.append(picture if args.grid else None)
     if args.grid:
-        image_grid(images.reshape(len(prompts), args.images_per_prompt, *images.shape[1:]), prompts).save(out / "grid.png")
-    print(f"{len(images)} images in {out}")
+        images = np.stack(pictures).reshape(len(rows), count, *pictures[0].shape)
+        image_grid(images, [row.prompt for row in rows]).save(out / "grid.png")
+    print(f"{len(pictures)} images in {out}")
     return out
 
 

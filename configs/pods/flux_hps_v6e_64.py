@@ -11,7 +11,7 @@ from configs import flux_hps
 def get_config():
     config = flux_hps.get_config()
     config.mesh.data, config.mesh.fsdp = 1, 64
-    config.data.chunks, config.grpo.microbatch = 1, 192
+    config.data.chunks, config.optim.microbatch = 1, 192
     config.model.remat = "attention"
-    config.eval.num_prompts = config.eval.batch = 64
+    config.evals.eval.count = config.evals.eval.batch = 64
     return config

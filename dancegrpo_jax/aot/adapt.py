@@ -3,7 +3,7 @@
 import copy
 import math
 
-from dancegrpo_jax.config import trained_steps
+from dancegrpo_jax.config import algorithm_of
 
 
 def adapt(config, devices: int, shape: tuple[int, ...]):
@@ -29,17 +29,22 @@ def adapt(config, devices: int, shape: tuple[int, ...]):
     axes = {name: rest if size == -1 else size for name, size in axes.items()}
     parts = axes["data"] * axes["fsdp"]
 
-    trained = config.grpo.best_of or config.data.group_size
-    updates = config.grpo.updates_per_rollout
+    algorithm = algorithm_of(config)
+    trained = algorithm.samples_per_prompt(config.data.group_size)
+    updates = config.optim.updates_per_rollout
     step = math.lcm(parts * updates // math.gcd(parts * updates, trained), parts // math.gcd(parts, config.data.group_size))
     change("data", "prompts_per_step", -(-config.data.prompts_per_step // step) * step)
     prompts = config.data.prompts_per_step
     change("data", "chunks", max(n for n in range(1, config.data.chunks + 1)
                                  if prompts % n == 0 and prompts // n * config.data.group_size % parts == 0))
-    pairs = prompts * trained // updates * trained_steps(config)
+    pairs = prompts * trained // updates * algorithm.examples_per_sample(config.sampler.steps)
     sizes = microbatches(pairs, parts)
-    change("grpo", "microbatch", min((size for size in sizes if size >= config.grpo.microbatch), default=sizes[-1]))
-    change("eval", "batch", -(-config.eval.batch // parts) * parts)
+    change("optim", "microbatch", min((size for size in sizes if size >= config.optim.microbatch), default=sizes[-1]))
+    for name, options in config.evals.items():
+        batch = -(-options.get("batch", 16) // parts) * parts
+        if options.get("batch", 16) != batch:
+            with options.unlocked():
+                options.batch = changed[f"evals.{name}.batch"] = batch
     return config, changed
 
 

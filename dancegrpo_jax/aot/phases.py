@@ -1,49 +1,43 @@
-"""Compiles the phases of a run for a topology, with abstract arrays: the trainer's own jitted functions, nothing executed.
+"""Compiles an iteration for a topology, with abstract arrays: the trainer's own code, nothing executed.
 
-Each phase takes the output shardings of the one before, as in a run.
+`iteration.collect` and `learn` run as in training, on an abstract session and with a `call` that compiles. Each phase takes the
+output shardings of the one before, as in a run.
 """
 
 import bisect
 import contextlib
 import copy
 import dataclasses
-import inspect
 import logging
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dancegrpo_jax import sharding
+from dancegrpo_jax import iteration, sharding
 from dancegrpo_jax.aot import flops, hlo
 from dancegrpo_jax.aot.adapt import microbatches
 from dancegrpo_jax.aot.topology import Topology, get_topology
-from dancegrpo_jax.config import ConfigError, trained_steps, validate
-from dancegrpo_jax.evaluate import decode, encode
-from dancegrpo_jax.pipelines.base import configured_policy, lora_settings
-from dancegrpo_jax.models.encoders.clip import CLIPModel
-from dancegrpo_jax.models.files.convert import abstract_model
-from dancegrpo_jax.models.encoders.open_clip import ARCHITECTURES
-from dancegrpo_jax.rewards import base as rewards
-from dancegrpo_jax.rewards.base import DeviceReward
-from dancegrpo_jax.rewards.clip import ClipScore
-from dancegrpo_jax.rollout import rollout
-from dancegrpo_jax.trainer import concatenate
-from dancegrpo_jax.update import Objective, init_state, make_examples, make_optimizer, rescore, update
+from dancegrpo_jax.config import ConfigError, validate
+from dancegrpo_jax.learner import Batch, Learner, TrainState
+from dancegrpo_jax.pipelines.base import Pipeline
+from dancegrpo_jax.session import Session
 
-PHASES = ("encode", "rollout", "decode", "reward", "join", "examples", "rescore", "update")
+PHASES = ("encode", "rollout", "decode", "reward", "join", "examples", "rescore", "update", "copies")
+NETWORK = ("trainable", "frozen denoiser")
+# The resident arrays that a phase has among its arguments.
+USES = {"encode": ("text encoders",), "rollout": NETWORK, "decode": ("codec",), "reward": ("rewards",), "join": ("chunks",),
+        "examples": ("trajectory", "conditioning"), "rescore": (*NETWORK, "examples"),
+        "update": (*NETWORK, "optimizer", "ema", "copies", "reference", "examples"), "copies": ("trainable", "copies")}
+# What lives only while an iteration collects, or only while it learns; everything else lives as long as the run.
+COLLECTING, LEARNING = ("chunks", "images"), ("trajectory", "conditioning", "shown", "examples")
 log = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parents[1] / "architectures"  # configs of released pipelines, by hub id
-REWARD_MODELS = {"yuvalkirstain/PickScore_v1": "ViT-H-14", "openai/clip-vit-large-patch14": "ViT-L-14-quickgelu"}
-
 
 @dataclasses.dataclass
 class Phase:
@@ -78,7 +72,8 @@ class Run:
     resident: dict[str, int]
     state_bytes: int
     notes: list[str]
-    learn: Callable[["Run", int], None] | None = None  # adds the learner's phases to a run, for a micro-batch
+    rules: tuple = ()  # sharding rules of what is trained
+    learn: Any = None  # what `largest_microbatch` learns from: (session, state, collected, plan, key)
 
 
 def device_bytes(tree) -> int:
@@ -99,49 +94,18 @@ def offline_config(config):
     return config
 
 
-def abstract_clip(target: type[ClipScore], options: dict) -> ClipScore:
-    """A CLIP reward with `jax.ShapeDtypeStruct`s for parameters and without a tokenizer."""
-    class Abstract(target):
-        def load(self, model, tokenizer, architecture):
-            architecture = architecture or REWARD_MODELS.get(str(model))
-            if architecture in ARCHITECTURES:
-                abstract = nnx.eval_shape(lambda: CLIPModel(ARCHITECTURES[architecture], rngs=nnx.Rngs(0)))
-            else:
-                abstract = abstract_model(CLIPModel, model)
-            self.params = self.layout(abstract)
-
-        def prepare(self, prompts, metadata):
-            return np.zeros((len(prompts), self.config.text_config.max_position_embeddings), np.int32)
-    return Abstract(**options)
-
-
-def abstract_rewards(config: dict, mesh) -> tuple[dict[str, DeviceReward], list[str]]:
-    """The device rewards of a config with abstract parameters on the mesh, and notes on those that are left out."""
-    found, notes = {}, []
-    for name, options in config.items():
-        options = dict(options or {})
-        target = rewards._REGISTRY.get(options.get("reward", name))
-        options = {key: value for key, value in options.items() if key not in rewards.COMMON_OPTIONS}
-        inputs = inspect.signature(target).parameters if target else {}
-        if inspect.isclass(target) and issubclass(target, ClipScore) and "head" not in inputs:
-            reward = abstract_clip(target, options)
-        elif inspect.isclass(target) and issubclass(target, DeviceReward) and "model" not in inputs:
-            reward = target(**options)
-        else:
-            notes.append(f"reward {name!r} is not included: it runs on the host, or its network has no abstract form here")
-            continue
-        if reward.params:
-            where = sharding.param_shardings(reward.params, mesh, reward.sharding)
-            reward.params = jax.tree.map(_sharded, reward.params, where)
-        found[name] = reward
-    return found, notes
-
-
 def _sharded(leaf, where):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def _unsharded(leaf):
+    """Without a mesh nothing is padded and no kernel recomputes; nor does anything without rematerialisation."""
+    if isinstance(leaf, Learner):
+        return dataclasses.replace(leaf, pipeline=_unsharded(leaf.pipeline))
+    if isinstance(leaf, Pipeline):
+        leaf = copy.copy(leaf)
+        leaf.remat = "none"
+        return leaf
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
 
 
@@ -184,10 +148,79 @@ def compile_phase(phase: Phase, function, *args, parallel: int, devices: int, **
     return jax.tree.map(_sharded, traced.out_info, compiled.output_shardings)
 
 
+class Compiler:
+    """A `call` for `iteration`: compiles each function once for its shapes, notes it as a phase, returns abstract results.
+
+    only: names of phases to compile; of the others the results are taken to be split by sample.
+    """
+
+    def __init__(self, run: Run, session: Session, only: Sequence[str] = ()):
+        self.run, self.only, self.known = run, only, {}
+        self.samples = len(session.rows[0]) // session.chunks * session.group
+        self.batch = {"rollout": self.samples, "decode": self.samples, "reward": self.samples, "update": session.microbatch,
+                      "rescore": session.microbatch, "examples": session.microbatch}
+
+    def __call__(self, name: str, function, *args, **kwargs):
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        asked = name, function, structure, tuple((getattr(leaf, "shape", leaf), getattr(leaf, "dtype", None)) for leaf in leaves)
+        if asked not in self.known:
+            self.known[asked] = self.compile(name, function, *args, **kwargs)
+        phase, result = self.known[asked]
+        phase.calls += 1
+        return result
+
+    def compile(self, name: str, function, *args, **kwargs):
+        mesh, kind = self.run.mesh, name.partition(" ")[0]
+        devices, parts = mesh.size, sharding.batch_devices(mesh)
+        phase = Phase(name, 0, USES.get(kind, ()))
+        if kind not in PHASES or " " in name and kind != "reward":  # small ones are part of no sum
+            with jax.set_mesh(mesh), low_effort():
+                return phase, compile_phase(phase, function, *args, parallel=devices, devices=devices, **kwargs)
+        if self.only and kind not in self.only:
+            with jax.set_mesh(mesh):
+                return phase, self.by_sample(kind, function.trace(*args, **kwargs).out_info)
+        log.info("compiling %s for %s", name, self.run.topology.name)
+        self.run.phases.append(phase)
+        start = time.process_time()
+        if kind in ("encode", "rollout", "update", "rescore"):
+            plain = function.trace(*(jax.tree.map(_unsharded, arg, is_leaf=lambda x: isinstance(x, (Learner, Pipeline)))
+                                     for arg in args), **kwargs)
+            phase.model_flops = flops.count(plain.jaxpr) / devices
+        # A batch that does not divide is computed by every part of the mesh.
+        parallel = devices if self.batch.get(kind, parts) % parts == 0 else devices // parts
+        with jax.set_mesh(mesh), low_effort():
+            try:
+                return phase, compile_phase(phase, function, *args, parallel=parallel, devices=devices, **kwargs)
+            finally:
+                phase.compile_seconds = time.process_time() - start
+
+    def bytes(self, kind: str) -> int:
+        """Bytes on a device of what the first phase of a kind returns."""
+        results = [result for (name, *_), (_, result) in self.known.items() if name.partition(" ")[0] == kind]
+        return device_bytes(results[0]) if results else 0
+
+    def by_sample(self, kind: str, result):
+        """Results of a phase that is not compiled, placed as a compiled one would."""
+        mesh, parts = self.run.mesh, sharding.batch_devices(self.run.mesh)
+
+        def split(tree, axis):
+            def where(leaf):
+                fits = leaf.ndim > axis and leaf.shape[axis] % parts == 0
+                return NamedSharding(mesh, PartitionSpec(*(None,) * axis, sharding.BATCH) if fits else PartitionSpec())
+            return jax.tree.map(lambda leaf: _sharded(leaf, where(leaf)), tree)
+
+        def params(tree):
+            return jax.tree.map(_sharded, tree, sharding.param_shardings(tree, mesh, self.run.rules))
+        placed = {Batch: lambda batch: Batch(split(batch.pairs, 2), split(batch.samples, 0), split(batch.cond, 0)), TrainState: params}
+        if type(result) is tuple:
+            return tuple(placed.get(type(part), lambda part: split(part, 0))(part) for part in result)
+        return params(result) if kind == "copies" else split(result, 1 if kind in ("rollout", "join") else 0)
+
+
 def compile_run(config, topology_name: str, only: Sequence[str] = ()) -> Run:
     """Compiles every phase of `config` for a topology; a phase that needs too much memory ends the list, with its `error`.
 
-    only: names of phases to compile ("reward" means all rewards); of the others the results are taken to be split by sample.
+    only: names of phases to compile ("reward" means all rewards).
     Raises: ConfigError for a config that does not fit the number of devices, TopologyError.
     """
     if unknown := set(only) - set(PHASES):
@@ -195,147 +228,73 @@ def compile_run(config, topology_name: str, only: Sequence[str] = ()) -> Run:
     topology = get_topology(topology_name)
     validate(config, len(topology.devices))
     config = offline_config(config)
-    mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
+    return compile_on(config, sharding.make_mesh(**config.mesh, devices=topology.devices), topology, only)
+
+
+def compile_on(config, mesh, topology: Topology | None, only: Sequence[str] = ()) -> Run:
+    """`compile_run` for the devices of a mesh."""
     run = Run(topology, mesh, config, [], {}, 0, [])
-    if only:
-        run.notes.append(f"only {', '.join(only)}: other phases are in no sum")
+    with jax.set_mesh(mesh):
+        session = Session(config, mesh, abstract=True)
+        state = session.load()
+    run.rules = session.pipeline.sharding
+    run.notes += session.rewards.notes
+    run.notes += [f"only {', '.join(only)}: other phases are in no sum"] if only else []
+    pipeline, frozen = session.pipeline, session.frozen
+
+    def held(role):
+        return sum(device_bytes(frozen[name]) for name in pipeline.named(role) if name in frozen)
+    run.state_bytes = device_bytes(state)
+    run.resident |= {
+        "trainable": device_bytes(state.trainable), "optimizer": device_bytes(state.opt_state), "ema": device_bytes(state.ema),
+        "copies": device_bytes(state.copies), "reference": device_bytes(session.reference), "frozen denoiser": held("denoiser"),
+        "codec": held("codec"), "text encoders": held("text"),
+        "rewards": sum(device_bytes(reward.params) for reward in session.rewards.rewards.values() if getattr(reward, "params", None))}
     with contextlib.suppress(OutOfMemory):
-        _compile_phases(run, only)
+        call = Compiler(run, session, only)
+        plan, key = session.replicated(session.algorithm.plan(session.schedule, 0)), session.key(0)
+        collected = iteration.collect(session, state, session.rows[0], plan, key, call)
+        run.resident |= {
+            "chunks": session.chunks * call.bytes("rollout"), "images": session.chunks * device_bytes(collected.shown.pixels),
+            "shown": device_bytes(collected.shown.pixels), "trajectory": device_bytes(collected.trajectory),
+            "conditioning": device_bytes(collected.cond)}
+        run.learn = session, state, collected, plan, key
+        _learn(run, call)
     _count_resident(run)
     return run
 
 
+def _learn(run: Run, call: Compiler) -> None:
+    session, *rest = run.learn
+    iteration.learn(session, *rest, 0, call)
+    run.resident["examples"] = call.bytes("examples")
+
+
 def _count_resident(run: Run) -> None:
-    everything = sum(run.resident.values())
+    def alive(name, phase):
+        kind = phase.name.partition(" ")[0]
+        learns = kind in ("join", "examples", "rescore", "update", "copies")
+        return not (name in COLLECTING and learns and kind != "join" or name in LEARNING and not learns)
     for phase in run.phases:
-        phase.resident = everything - sum(run.resident.get(name, 0) for name in phase.uses)
+        phase.resident = sum(size for name, size in run.resident.items() if name not in phase.uses and alive(name, phase))
 
 
 def largest_microbatch(run: Run, usable: float) -> int:
     """The largest micro-batch whose update takes less than `usable` of the memory, by bisection; 0 if none does."""
-    grpo, data = run.config.grpo, run.config.data
-    rows = data.prompts_per_step * (grpo.best_of or data.group_size) // grpo.updates_per_rollout
-    sizes = microbatches(rows * trained_steps(run.config), sharding.batch_devices(run.mesh))
     if run.learn is None:
         return 0
+    session = run.learn[0]
+    rows = len(session.rows[0]) * session.algorithm.samples_per_prompt(session.group) // session.updates
+    examples = rows * session.algorithm.examples_per_sample(run.config.sampler.steps)
+    sizes = microbatches(examples, sharding.batch_devices(run.mesh))
 
     def fits(size: int) -> bool:
         trial = dataclasses.replace(run, phases=[], resident=dict(run.resident))
+        session.microbatch = size
         try:
-            run.learn(trial, size)
+            _learn(trial, Compiler(trial, session))
         except OutOfMemory:
             return False
         _count_resident(trial)
-        return trial.phases[-1].total < usable * run.topology.chip.memory
+        return max(phase.total for phase in trial.phases) < usable * run.topology.chip.memory
     return max(0, *sizes[:bisect.bisect_left(sizes, True, key=lambda size: not fits(size))], 0)
-
-
-def _compile_phases(run: Run, only: Sequence[str]) -> None:
-    config, mesh = run.config, run.mesh
-    devices, parts = mesh.size, sharding.batch_devices(mesh)
-    chunks, group = config.data.chunks, config.data.group_size
-    prompts = config.data.prompts_per_step // chunks
-    trained_group = config.grpo.best_of or group
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def array(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
-
-    def split(count: int) -> int:  # a batch that does not divide is computed by every part of the mesh
-        return devices if count % parts == 0 else devices // parts
-
-    def by_sample(tree, axis: int):
-        def where(leaf):
-            fits = leaf.ndim > axis and leaf.shape[axis] % parts == 0
-            return NamedSharding(mesh, PartitionSpec(*(None,) * axis, sharding.BATCH) if fits else PartitionSpec())
-        return jax.tree.map(lambda leaf: _sharded(leaf, where(leaf)), tree)
-
-    def compiled(name, calls, uses, function, *args, batch, plain=None, run=run, batch_axis=0, **kwargs):
-        if name and only and name.split()[0] not in only:
-            with jax.set_mesh(mesh):
-                return by_sample(function.trace(*args, **kwargs).out_info, batch_axis)
-        phase, start = Phase(name, calls, uses), time.process_time()
-        if name:
-            log.info("compiling %s for %s", name, run.topology.name)
-            run.phases.append(phase)
-        if plain:  # without a mesh nothing is padded, and no kernel recomputes
-            phase.model_flops = flops.count(function.trace(*jax.tree.map(_unsharded, plain), **kwargs).jaxpr) / devices
-        with jax.set_mesh(mesh), low_effort():
-            try:
-                return compile_phase(phase, function, *args, parallel=split(batch), devices=devices, **kwargs)
-            finally:
-                phase.compile_seconds = time.process_time() - start
-
-    # ---------------------------------------------------------------- arrays that live as long as the run
-    policy = configured_policy(config)
-    trainable, frozen = policy.abstract(lora_settings(config), mesh)
-    tx = make_optimizer(config.optim, config.steps * config.grpo.updates_per_rollout)
-    with jax.set_mesh(mesh):
-        state = jax.eval_shape(partial(init_state, tx=tx, with_ema=bool(config.optim.ema_decay), rules=policy.sharding),
-                               trainable)
-    state = jax.tree.map(_sharded, state, sharding.param_shardings(state, mesh, policy.sharding))
-    reference = trainable if config.grpo.kl_beta else {}
-    found, notes = abstract_rewards(config.rewards.to_dict(), mesh)
-    run.notes += notes
-
-    def tokens(count):
-        where = NamedSharding(mesh, PartitionSpec(sharding.BATCH if count % parts == 0 else None))
-        return {name: jax.ShapeDtypeStruct((count, length), np.int32, sharding=where) for name, length in policy.lengths.items()}
-
-    if config.model.guidance_scale != 1:
-        frozen["negative"] = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype),
-                                          jax.eval_shape(policy.encode, frozen, tokens(1)))
-    embedded = bool(config.data.embeddings)
-    run.state_bytes = device_bytes(state)
-    run.resident |= {
-        "trainable": device_bytes(state.trainable), "optimizer": device_bytes(state.opt_state), "ema": device_bytes(state.ema),
-        "frozen denoiser": device_bytes(frozen["denoiser"]), "vae": device_bytes(frozen["vae"]),
-        "text encoders": 0 if embedded else sum(device_bytes(frozen[name]) for name in policy.texts),
-        "negative": device_bytes(frozen["negative"]), "reference": device_bytes(reference),
-        "rewards": sum(device_bytes(reward.params) for reward in found.values())}
-
-    # ---------------------------------------------------------------- the phases of an iteration
-    rest = {key: value for key, value in frozen.items() if not embedded or key not in policy.texts}
-    args = policy, frozen, tokens(prompts)
-    cond = compiled("" if embedded else "encode", chunks, ("text encoders",), encode, *args, batch=parts, plain=args)
-    key = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), jax.eval_shape(lambda: jax.random.key(0)))
-    schedule = policy.schedule(config.sampler.steps, config.sampler.shift)
-    samples, network = prompts * group, ("trainable", "frozen denoiser", "negative")
-    args = (policy, state.trainable, rest, cond, key, schedule)
-    trajectory = compiled("rollout", chunks, network, rollout, *args, group_size=group,
-                          shared_noise=config.sampler.shared_noise, batch=samples, plain=args, batch_axis=1)
-    latents = jax.ShapeDtypeStruct(trajectory.latents.shape[1:], trajectory.latents.dtype,
-                                   sharding=NamedSharding(mesh, PartitionSpec(*trajectory.latents.sharding.spec[1:])))
-    images = compiled("decode", chunks, ("vae",), decode, policy, rest, latents, batch=samples)
-    grouped = compiled("", chunks, (), jax.jit(lambda x: x.reshape(prompts, group, *x.shape[1:])), images, batch=samples)
-    for name, reward in found.items():
-        text = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), reward.prepare([""] * prompts, None))
-        compiled(f"reward {name}", chunks, ("rewards",), reward.scorer(), reward.params, grouped, text, batch=samples)
-
-    joined = compiled("join", 1, ("chunks",), concatenate, [trajectory] * chunks, axis=1, batch=samples, batch_axis=1)
-    conds = compiled("", 1, (), concatenate, [cond] * chunks, batch=samples)
-    rows, times = config.data.prompts_per_step * trained_group, trained_steps(config)
-    advantage = array((config.data.prompts_per_step, group), np.float32)
-    chosen = array((config.data.prompts_per_step, trained_group), np.int32)
-    time_index = array((rows, times), np.int32)
-    objective = Objective(config.grpo.clip_range, config.grpo.kl_beta, config.optim.ema_decay,
-                          on_policy=config.grpo.updates_per_rollout == 1)
-    run.resident |= {"chunks": chunks * device_bytes(trajectory), "trajectory": device_bytes(joined),
-                     "conditioning": device_bytes(conds) + chunks * device_bytes(cond), "images": chunks * device_bytes(grouped)}
-
-    def learn(run: Run, microbatch: int) -> None:
-        examples = compiled("examples", 1, ("trajectory",), make_examples, joined, schedule, conds, advantage, chosen, time_index,
-                            updates=config.grpo.updates_per_rollout, microbatch=microbatch, batch=microbatch, run=run,
-                            batch_axis=2)
-        run.resident["examples"] = device_bytes(examples)
-        if config.grpo.rescore and not objective.on_policy:
-            compiled("rescore", 1, (*network, "examples"), rescore, policy, state.trainable, rest, examples, batch=microbatch,
-                     run=run)
-        args = (tx, objective, state, rest, reference, examples, 0)
-        plain = copy.copy(policy)
-        plain.remat = "none"
-        compiled("update", config.grpo.updates_per_rollout, (*network, "optimizer", "ema", "reference", "examples"),
-                 update, policy, *args, batch=microbatch, plain=(plain, *args), run=run)
-
-    run.learn = learn
-    learn(run, config.grpo.microbatch)

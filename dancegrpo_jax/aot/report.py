@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from dancegrpo_jax.aot import roofline
 from dancegrpo_jax.aot.phases import Phase, Run
+from dancegrpo_jax.config import evaluators_of
 
 USABLE = 0.9  # share of the limit; the rest is for fragmentation and what is not counted
 GB, TERA = 1e9, 1e12
@@ -74,9 +75,10 @@ def _notes(run: Run) -> list[str]:
     if samples % parts:
         notes.append(f"a rollout of {samples} samples does not divide over {parts} devices, so each computes all of them; "
                      f"lower config.data.chunks={config.data.chunks} or raise config.data.prompts_per_step")
-    if config.eval.batch % parts:
-        notes.append(f"config.eval.batch={config.eval.batch} does not divide over {parts} devices: evaluation is computed by "
-                     f"each of them; set it to a multiple of {parts}")
+    for name, evaluator in evaluators_of(config).items():
+        if evaluator.batch % parts:
+            notes.append(f"config.evals.{name}.batch={evaluator.batch} does not divide over {parts} devices: evaluation is computed "
+                         f"by each of them; set it to a multiple of {parts}")
     if len(run.topology.shape) == 3 and min(run.topology.shape) > 2 and shape["fsdp"] == len(run.topology.devices):
         notes.append("fsdp over a whole 3-D torus: the compiler gathers weights by all-reduce, twice the traffic; split the "
                      "devices between config.mesh.data and config.mesh.fsdp")
@@ -130,7 +132,7 @@ def text(summary: dict, title: str) -> str:
                   f"{run['samples_per_second']:.2f} samples/s",
                   f"{run['iterations']} iterations: {run['hours']:.2f} h, {run['chip_hours']:.0f} chip-hours"]
     if "largest_microbatch" in summary:
-        lines.append(f"largest config.grpo.microbatch that fits: {summary['largest_microbatch'] or 'none'}")
+        lines.append(f"largest config.optim.microbatch that fits: {summary['largest_microbatch'] or 'none'}")
     lines += [f"note: {note}" for note in summary["notes"]]
     return "\n".join(lines)
 

@@ -1,49 +1,56 @@
-"""FLUX as a policy: rectified flow on packed latents, T5 tokens and CLIP's pooled text."""
+"""FLUX.1: rectified flow on packed latents, T5 tokens and CLIP's pooled text."""
 
 import math
 
 import jax.numpy as jnp
-from transformers import T5Tokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
-from dancegrpo_jax.pipelines.base import Policy
-from dancegrpo_jax.models.files.convert import read_json
+from dancegrpo_jax.models.codecs.autoencoder_kl import AutoencoderKL
 from dancegrpo_jax.models.denoisers.flux import FluxTransformer2DModel, pack, unpack
-from dancegrpo_jax.models.layers import merge
+from dancegrpo_jax.models.encoders.clip import CLIPTextModel
 from dancegrpo_jax.models.encoders.t5 import T5EncoderModel
-from dancegrpo_jax.sde import FLOW_KERNELS, flow_schedule
+from dancegrpo_jax.models.files.convert import read_json
+from dancegrpo_jax.models.layers import merge
+from dancegrpo_jax.pipelines.base import Defaults, Part, Pipeline
+from dancegrpo_jax.registry import FLOW_KERNELS
+from dancegrpo_jax.sde import flow_schedule
 
 
-class FluxPolicy(Policy):
-    """FLUX.1: velocity prediction, embedded guidance where the checkpoint has it.
+class Flux(Pipeline):
+    """Velocity prediction, embedded guidance where the checkpoint has it.
 
     A pipeline without a second text encoder (the embedded world's) attends to CLIP's tokens instead of T5's.
     """
 
-    pipeline = "FluxPipeline"
     prediction = "velocity"
-    denoiser_class, denoiser_folder = FluxTransformer2DModel, "transformer"
     kernels = FLOW_KERNELS
+    defaults = Defaults(steps=28, height=1024, width=1024, embedded_guidance=3.5)
 
-    def text_encoders(self):
-        clip = super().text_encoders()
-        if not (self.folder / "text_encoder_2").is_dir():
-            return clip
-        return *clip, ("text_encoder_2", "tokenizer_2", T5EncoderModel, T5Tokenizer)
+    def declare(self):
+        parts = {"transformer": Part(FluxTransformer2DModel, "denoiser"), "vae": Part(AutoencoderKL, "codec"),
+                 "text_encoder": Part(CLIPTextModel, "text", ("tokenizer", CLIPTokenizer))}
+        if (self.folder / "text_encoder_2").is_dir():
+            parts["text_encoder_2"] = Part(T5EncoderModel, "text", ("tokenizer_2", T5Tokenizer))
+        return parts
 
-    def encode(self, frozen, tokens):
-        cond = super().encode(frozen, tokens)
+    def geometry(self):
+        codec = self.configs["vae"]
+        return (self.height // codec.factor, self.width // codec.factor, codec.latent_channels), 2 * codec.factor
+
+    def encode_text(self, frozen, tokens):
+        hidden, pooled = self.text(frozen, "text_encoder", tokens)
         if "text_encoder_2" in tokens:  # padding is not masked, here or in the transformer, as in training
-            model = merge(self.text_graphs["text_encoder_2"], frozen["text_encoder_2"])
-            cond["hidden"] = model(tokens["text_encoder_2"], self.dtype)
-        return cond
+            hidden = self.text(frozen, "text_encoder_2", tokens)
+        return {"hidden": hidden, "pooled": pooled}
 
-    def denoise(self, model, x, time, cond):
+    def denoise(self, params, x, time, cond):
         grid = (self.latent_shape[0] // 2, self.latent_shape[1] // 2)
         guidance = None
-        if self.denoiser.config.guidance_embeds:
+        if self.configs["transformer"].guidance_embeds:
             guidance = jnp.full(x.shape[:1], 1000 * self.embedded_guidance, jnp.float32)
             if self.time_rounding == "bf16_ref":  # 3.5 becomes 3504
                 guidance = guidance.astype(jnp.bfloat16).astype(jnp.float32)
+        model = merge(self.graphs["transformer"], params["transformer"])
         tokens = model(pack(x), cond["hidden"], cond["pooled"], time, grid, guidance, dtype=self.dtype, remat=self.remat)
         return unpack(tokens, grid)
 

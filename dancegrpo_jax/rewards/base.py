@@ -37,6 +37,7 @@ from dancegrpo_jax import sharding
 from dancegrpo_jax.data import Row
 from dancegrpo_jax.media import Media
 from dancegrpo_jax.rewards.batch import Batch, chosen_frames
+from dancegrpo_jax.sharding import Rules
 
 log = logging.getLogger(__name__)
 TAKES = ("images", "videos")
@@ -101,7 +102,7 @@ class DeviceReward(Reward):
     """
 
     params = ()
-    sharding: sharding.Rules = ()  # of the model that its parameters belong to
+    sharding: Rules = ()  # of the model that its parameters belong to
 
     def prepare(self, rows: Sequence[Row]):
         """On the host, once per row: a pytree of numpy arrays with leading axis P, e.g. token ids."""

@@ -48,6 +48,11 @@ class Config:
                 raise ValueError(f"AutoencoderKL: {name} must be {n} x {only!r} (one per entry of block_out_channels), "
                                  f"got {getattr(self, name)}")
 
+    @property
+    def factor(self) -> int:
+        """Pixels a latent, on a side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
 
 class SpatialAttention(nnx.Module):
     """Residual single-head attention over all positions of [B, H, W, C]."""
@@ -180,7 +185,7 @@ class AutoencoderKL(nnx.Module):
         """
         if hasattr(self, "post_quant_conv"):
             latents = self.post_quant_conv(latents)
-        side = tile // 2 ** (len(self.config.block_out_channels) - 1)
+        side = tile // self.config.factor
         if tile and max(latents.shape[1:3]) > side:
             return _tiled(self.decoder, latents, side, tile)
         return self.decoder(latents)

@@ -10,7 +10,8 @@ import huggingface_hub
 from dancegrpo_jax.models.files.convert import CheckpointError
 
 # What the loaders read: configs, tokenizers, weights; no other formats and precisions.
-PATTERNS = tuple(f"*.{end}" for end in ("json", "txt", "model", "safetensors"))
+CONFIGS = ("*.json", "*.txt", "*.model")
+PATTERNS = (*CONFIGS, "*.safetensors")
 IGNORED = ("*.fp16.*", "*.non_ema.*", "safety_checker/*")
 
 

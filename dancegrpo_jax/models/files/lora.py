@@ -6,7 +6,7 @@ separates what is trained from what is frozen.
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -75,17 +75,17 @@ def init_adapters(abstract: Params, rngs: nnx.Rngs) -> Params:
             else jnp.zeros(leaf.shape) for name, leaf in abstract.items()}
 
 
-def save_adapters(path, params: Params, *, prefix: str, scale: float, dtype="float32") -> None:
+def save_adapters(path, trainable: Mapping[str, Params], *, scale: float, dtype="float32") -> None:
     """Writes adapters as diffusers' `pytorch_lora_weights.safetensors` (PEFT names), for `pipeline.load_lora_weights`.
 
     Args:
-      params: as `init_adapters` names them.
-      prefix: the pipeline's component, "transformer" or "unet".
+      trainable: {part of the pipeline, "transformer" or "unet": adapters as `init_adapters` names them}.
       scale: alpha / rank; it is multiplied into B, because readers differ in how they find alpha.
     """
     tensors = {}
-    for key, value in to_torch(params).items():
-        stem, _, leaf = key.rpartition(".")
-        side, value = ("A", value) if leaf == "lora_a" else ("B", value * np.float32(scale))
-        tensors[f"{prefix}.{stem}.lora_{side}.weight"] = np.ascontiguousarray(value.T.astype(jnp.dtype(dtype)))
+    for part, params in trainable.items():
+        for key, value in to_torch(params).items():
+            stem, _, leaf = key.rpartition(".")
+            side, value = ("A", value) if leaf == "lora_a" else ("B", value * np.float32(scale))
+            tensors[f"{part}.{stem}.lora_{side}.weight"] = np.ascontiguousarray(value.T.astype(jnp.dtype(dtype)))
     save_file(tensors, path, metadata={"format": "pt"})

@@ -1,12 +1,9 @@
-"""The algorithm: group advantages, combining rewards, choosing samples and timesteps, the clipped objective.
+"""From rewards to advantages: normalising within groups, combining several rewards, choosing samples.
 
-Pure functions on arrays. P prompts, G samples a prompt, T steps; `ok` marks the rewards that could be computed.
+Pure functions on arrays. P prompts, G samples a prompt; `ok` marks the rewards that could be computed.
 """
 
-import jax
 import jax.numpy as jnp
-
-COMBINE = ("advantages", "rewards", "gdpo")
 
 
 def group_advantages(rewards, ok):
@@ -49,41 +46,6 @@ def best_of(advantage, k: int):
     order = jnp.argsort(advantage, axis=1)
     chosen = jnp.concatenate([order[:, :k // 2], order[:, order.shape[1] - k // 2:]], axis=1)
     return jnp.sort(chosen, axis=1)
-
-
-def choose_timesteps(key, batch: int, eligible, k: int):
-    """For each sample k different steps, uniformly among the eligible ones: int32 [B, k], ascending.
-
-    Args: eligible [T] bool with at least k True.
-    """
-    score = jnp.where(eligible, jax.random.uniform(key, (batch, eligible.shape[0])), -1.0)
-    return jnp.sort(jax.lax.top_k(score, k)[1], axis=1).astype(jnp.int32)
-
-
-def clipped_objective(log_prob, old_log_prob, advantage, clip_range: float):
-    """PPO's clipped surrogate as a loss, one value per (sample, timestep) pair (DanceGRPO eq. 8).
-
-    max(-A rho, -A clip(rho, 1 - c, 1 + c)) with rho = exp(log_prob - old_log_prob).
-
-    Args: log_prob, old_log_prob, advantage [M] fp32. Returns: (loss [M], ratio [M]).
-    """
-    ratio = jnp.exp(log_prob - old_log_prob)
-    clipped = jnp.clip(ratio, 1 - clip_range, 1 + clip_range)
-    return jnp.maximum(-advantage * ratio, -advantage * clipped), ratio
-
-
-def ratio_diagnostics(ratio, advantage, clip_range: float) -> dict:
-    """Scalars of a set of pairs: how far the policy has moved and how often the clip acts.
-
-    clip_fraction/low: share of pairs with ratio < 1 - c and a negative advantage; high: ratio > 1 + c and a positive
-    one, i.e. where the clip removes the gradient. approx_kl = mean(rho - 1 - log rho).
-    """
-    return {
-        "ratio/mean": ratio.mean(), "ratio/min": ratio.min(), "ratio/max": ratio.max(),
-        "clip_fraction/low": ((ratio < 1 - clip_range) & (advantage < 0)).mean(),
-        "clip_fraction/high": ((ratio > 1 + clip_range) & (advantage > 0)).mean(),
-        "approx_kl": (ratio - 1 - jnp.log(ratio)).mean(),
-    }
 
 
 def reward_diagnostics(rewards: dict) -> dict:
