@@ -5,7 +5,6 @@ locked `ml_collections.ConfigDict`, so a typo is an error, in the file and on th
 """
 
 import ast
-import dataclasses
 import difflib
 import json
 import math

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dancegrpo_jax import registry, sharding
+from dancegrpo_jax import sharding
 from dancegrpo_jax.algorithms.base import Algorithm
 from dancegrpo_jax.checkpoint import Checkpointer
 from dancegrpo_jax.config import algorithm_of, evaluators_of, run_config

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dancegrpo_jax.aot.topology import get_topology, set_environment  # noqa: E402 (imports no jax)
+from dancegrpo_jax.aot.topology import get_topology, set_environment
 
 
 def check(args: argparse.Namespace, overrides: list[str]) -> list[dict]:
