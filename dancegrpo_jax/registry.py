@@ -30,8 +30,8 @@ REWARDS = {
     "verifier": "dancegrpo_jax.rewards.world:Verifier",
 }
 
-FLOW_KERNELS = ("dance", "flow", "cps")
-DIFFUSION_KERNELS = ("ddim", "sde")
+FLOW_KERNELS = {"dance": "dancegrpo_jax.sde:dance", "flow": "dancegrpo_jax.sde:flow", "cps": "dancegrpo_jax.sde:cps"}
+DIFFUSION_KERNELS = {"ddim": "dancegrpo_jax.sde:ddim", "sde": "dancegrpo_jax.sde:sde"}
 TIME_ROUNDING = ("exact", "int", "bf16_ref")
 PREDICTIONS = ("velocity", "epsilon", "v_prediction", "sample")
 COMBINE = ("advantages", "rewards", "gdpo")
