@@ -100,7 +100,8 @@ KEYS: dict[str, Key] = {
     "data.chunks": Key(1, at_least(1), "pieces of a rollout, so that host rewards overlap with sampling; divides P"),
 
     "rewards": Key({}, NOT_EMPTY, 'what to maximise: {name: {"weight": w, ...options}}'),
-    "algorithm": Key({"grpo": {}}, _ONE, f"how: {{name: {{options}}}} or a name alone; {', '.join(registry.ALGORITHMS)}"),
+    "algorithm": Key({"grpo": {}}, _ONE, f"how: {{name: {{options}}}} or a name alone; {', '.join(registry.ALGORITHMS)}; your own: "
+                     '{name: {"type": "package.module:Class", options}}'),
 
     "optim.learning_rate": Key(1e-5, POSITIVE, "of AdamW, at its highest"),
     "optim.schedule": Key("constant", one_of(*registry.SCHEDULES), "of the learning rate after the warm-up; all but constant end "
@@ -167,7 +168,8 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 def algorithm_of(config: ConfigDict):
     """The algorithm that a config names, its options checked. Raises: ConfigError."""
     (name, options), = config.algorithm.to_dict().items()
-    return build(registry.resolve(registry.ALGORITHMS, name, "algorithm"), options, f"algorithm.{name}")
+    options = dict(options or {})
+    return build(registry.resolve(registry.ALGORITHMS, options.pop("type", name), "algorithm"), options, f"algorithm.{name}")
 
 
 def evaluators_of(config: ConfigDict) -> dict:
