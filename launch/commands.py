@@ -7,7 +7,7 @@ from functools import partial
 
 
 def use_working_directory() -> None:
-    """Lets users name rewards and policies of a file next to where they run: `my_rewards:brightness`."""
+    """Lets users name rewards, pipelines and algorithms of a file next to where they run: `my_rewards:brightness`."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that no file there hides an installed module
 
