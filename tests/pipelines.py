@@ -10,9 +10,9 @@ from flax import nnx
 from dancegrpo_jax.models.codecs import autoencoder_kl as vae
 from dancegrpo_jax.models.denoisers import flux, unet
 from dancegrpo_jax.models.encoders import clip
-from dancegrpo_jax.pipelines.base import make_policy
 from dancegrpo_jax.models.files.convert import save_model
 from dancegrpo_jax.models.layers import split
+from dancegrpo_jax.pipelines.base import make_pipeline
 from dancegrpo_jax.worlds.tokenizer import MAX_LENGTH, write_tokenizer
 
 WIDTH = 32
@@ -59,13 +59,13 @@ def write_pipeline(folder, paradigm: str, seed: int = 0):
         save_model(folder / part, model_class, config, random_params(model_class, config, seed), dtype=jnp.float32)
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    kind = "FluxPipeline" if paradigm == "flow" else "StableDiffusionPipeline"
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
     return folder
 
 
-def load_policy(folder, paradigm: str, *, lora_rank: int = 0, **options):
-    """The policy of a tiny pipeline with its parameters: (policy, trainable, frozen)."""
-    kernel = {"kernel": "flow", "eta": 0.7} if paradigm == "flow" else {"kernel": "ddim", "eta": 1.0}
-    name = "flux" if paradigm == "flow" else "stable_diffusion"
-    policy = make_policy(name, folder, **{"height": 32, "width": 32} | kernel | options)
+def load_pipeline(folder, *, lora_rank: int = 0, **options):
+    """A tiny pipeline with its parameters: (pipeline, trainable, frozen)."""
     lora = {"rank": lora_rank, "alpha": 8.0, "targets": (r".*attn.*\.to_(q|k|v|out\.0)",)} if lora_rank else None
-    return policy, *policy.load(lora)
+    pipeline = make_pipeline(folder, **{"height": 32, "width": 32, "lora": lora} | options)
+    return pipeline, *pipeline.load()
