@@ -116,7 +116,8 @@ def iterate(session: Session, state: TrainState, step: int, writer: MetricWriter
     return state, record
 
 
-def evaluate(session: Session, state: TrainState, step: int, grid: str = "", *, writer: MetricWriter, progress: Progress) -> None:
+def evaluate(session: Session, state: TrainState, step: int, grid: str = "", *, writer: MetricWriter,
+             progress: Progress) -> None:
     """Those of `config.evals` whose turn it is; at the start and the end all, with a `grid` of several samples a prompt."""
     draw = partial(generate, session.pipeline, state.eval_params, session.frozen, schedule=session.eval_schedule,
                    condition=session.condition, seed=session.seed)
@@ -150,7 +151,8 @@ def evaluate(session: Session, state: TrainState, step: int, grid: str = "", *, 
                 picture.save(Path(session.config.run_dir) / f"{grid}.png")
 
 
-def write_grid(session: Session, writer: MetricWriter, step: int, tag: str, media: Media, rows: list[Row], scores: dict, columns: int):
+def write_grid(session: Session, writer: MetricWriter, step: int, tag: str, media: Media, rows: list[Row], scores: dict,
+               columns: int):
     """A picture of the first samples of some rows with the weighted sum of their rewards, which is for display only."""
     place = slice(len(rows)), slice(columns)
     pixels = to_uint8(Media(media.pixels[place], media.fps))[:, :, 0]
@@ -165,8 +167,8 @@ def check_finite(step: int, record: dict) -> None:
     """Raises: FloatingPointError if training has broken down; it resumes from before that."""
     loss, norm = record["train/loss"], record["train/grad_norm"]
     if not math.isfinite(loss) or not math.isfinite(norm):
-        raise FloatingPointError(f"iteration {step}: loss {loss}, grad norm {norm}; lower optim.learning_rate or set optim.grad_clip, "
-                                 "and run again to resume before it")
+        raise FloatingPointError(f"iteration {step}: loss {loss}, grad norm {norm}; lower optim.learning_rate or set "
+                                 "optim.grad_clip, and run again to resume before it")
 
 
 class profiled:

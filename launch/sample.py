@@ -28,8 +28,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--images_per_prompt", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="default: the model's usual, 50 (Stable Diffusion), 28 (FLUX)")
-    parser.add_argument("--guidance_scale", type=float, help="default: the model's usual, 7.5 (Stable Diffusion), 3.5 (FLUX, as an "
-                        "input)")
+    parser.add_argument("--guidance_scale", type=float,
+                        help="default: the model's usual, 7.5 (Stable Diffusion), 3.5 (FLUX, as an input)")
     parser.add_argument("--negative_prompt", help="what guidance leads away from; default: none")
     parser.add_argument("--shift", type=float, default=0.0, help="of the flow schedule; default: the checkpoint's own")
     parser.add_argument("--size", help="HEIGHTxWIDTH or one number, pixels; default: 512 (Stable Diffusion), 1024 (FLUX)")
@@ -52,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def base_model(args: argparse.Namespace, mesh):
-    """(pipeline, trainable, frozen, steps) of `--model`, with what its kind is usually sampled with where nothing else is asked for."""
+    """(pipeline, trainable, frozen, steps) of `--model`, with what its kind is usually sampled with unless more is asked."""
     from dancegrpo_jax.pipelines.base import pipeline_class
 
     kind = pipeline_class(args.model)
@@ -92,9 +92,10 @@ def sample(args: argparse.Namespace) -> Path:
             return call("encode", encode, pipeline, frozen, sharding.shard_batch(pipeline.inputs(rows), mesh), key)
         wanted = [row for row in with_negatives(rows, pipeline) for _ in range(count)]
         pictures = []  # for the grid
-        for part, media, valid in generate(pipeline, trainable, frozen, wanted, pipeline.schedule(steps, shift), condition=condition,
-                                           batch=min(args.batch, len(wanted)), seed=args.seed):
-            for row, picture in zip(part[:valid], to_uint8(media)[:, 0, 0]):
+        drawn = generate(pipeline, trainable, frozen, wanted, pipeline.schedule(steps, shift), condition=condition,
+                         batch=min(args.batch, len(wanted)), seed=args.seed)
+        for part, media, valid in drawn:
+            for row, picture in zip(part[:valid], to_uint8(media)[:valid, 0, 0], strict=True):
                 number = len(pictures)
                 file = f"{number // count:05d}_{number % count:02d}.png"
                 Image.fromarray(picture).save(out / file)

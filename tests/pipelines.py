@@ -42,7 +42,9 @@ def random_params(model_class, config, seed: int = 0) -> dict:
             positions = math.prod(shape[:2]) if len(shape) == 4 else 1  # of a convolution; stacked layers have three axes
             limit = math.sqrt(6 / positions / (shape[-2] + shape[-1]))
             return rng.uniform(-limit, limit, shape)
-        return 0.02 * rng.standard_normal(shape) if name.endswith("embedding") else np.full(shape, float(name.endswith("scale")))
+        if name.endswith("embedding"):
+            return 0.02 * rng.standard_normal(shape)
+        return np.full(shape, float(name.endswith("scale")))
     abstract = split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))[1]
     return {name: draw(name, leaf.shape).astype(np.float32) for name, leaf in abstract.items()}
 
@@ -57,6 +59,8 @@ def write_pipeline(folder, paradigm: str, seed: int = 0):
                 else (unet.UNet2DConditionModel, UNET, "unet"))
     for model_class, config, part in ((vae.AutoencoderKL, VAE, "vae"), (clip.CLIPTextModel, text, "text_encoder"), denoiser):
         save_model(folder / part, model_class, config, random_params(model_class, config, seed), dtype=jnp.float32)
+    name = "FluxPipeline" if paradigm == "flow" else "StableDiffusionPipeline"
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     kind = "FluxPipeline" if paradigm == "flow" else "StableDiffusionPipeline"

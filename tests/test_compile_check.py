@@ -18,8 +18,8 @@ from dancegrpo_jax.aot import flops, hlo, report, roofline
 from dancegrpo_jax.aot.adapt import adapt, microbatches
 from dancegrpo_jax.aot.phases import SHIPPED, Phase, Run, abstract_rewards, offline_config
 from dancegrpo_jax.aot.topology import CHIPS, Topology, get_topology
-from dancegrpo_jax.pipelines.base import configured_policy
 from dancegrpo_jax.models.files.convert import match_keys
+from dancegrpo_jax.pipelines.base import configured_policy
 
 ROOT = Path(__file__).parents[1]
 OPTIMISED = True

@@ -1,7 +1,7 @@
 """The Evaluator contract: what is measured on samples of held-out rows, how often, and by which rewards.
 
-An evaluator is a frozen dataclass; its fields are its options in `config.evals`, {name: {"type": ..., options}}. Its numbers are
-logged as "<name>/<what>". A new one is one file with `run`, and a line in `registry.EVALUATORS`.
+An evaluator is a frozen dataclass; its fields are its options in `config.evals`, {name: {"type": ..., options}}. Its numbers
+are logged as "<name>/<what>". A new one is one file with `run`, and a line in `registry.EVALUATORS`.
 """
 
 from collections.abc import Iterator
