@@ -63,8 +63,6 @@ def write_pipeline(folder, paradigm: str, seed: int = 0):
     (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    kind = "FluxPipeline" if paradigm == "flow" else "StableDiffusionPipeline"
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
     return folder
 
 
