@@ -8,6 +8,7 @@ import ast
 import difflib
 import json
 import math
+import os
 import re
 import runpy
 import sys
@@ -295,7 +296,12 @@ def _check_batch(config, algorithm, devices: int | None) -> None:
 
 
 def exit_status(command: Callable, *args) -> int:
-    """Runs a command of `launch/`: 0, or for bad input one line on stderr and 2."""
+    """Runs a command of `launch/`: 0, or for bad input one line on stderr and 2.
+
+    What is named "package.module:attribute" (rewards, pipelines, ...) may also lie in the working directory.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that no file there hides an installed module
     try:
         command(*args)
     except (ValueError, OSError, FloatingPointError) as error:  # ConfigError and CheckpointError are ValueErrors
@@ -305,6 +311,11 @@ def exit_status(command: Callable, *args) -> int:
 
 
 # ------------------------------------------------------------------------------------------ loading
+
+
+def program(name: str) -> str:
+    """How the script or installed command `name` (argv[0]) is called, for help texts."""
+    return f"python {name}" if name.endswith(".py") else Path(name).name
 
 
 def usage(program: str = "python launch/train.py") -> str:
@@ -337,40 +348,43 @@ def load(argv: Sequence[str]) -> ConfigDict:
     Raises: ConfigError for a missing or broken file, an unknown key (naming the nearest), a value of the wrong type.
     """
     path, overrides, rest = None, [], list(argv)
-    program = rest.pop(0) if rest and not rest[0].startswith("-") else "launch/train.py"
+    name = rest.pop(0) if rest and not rest[0].startswith("-") else "launch/train.py"
     while rest:
         flag = rest.pop(0)
         if flag in ("-h", "--help"):
-            print(usage(f"python {program}"))
+            print(usage(program(name)))
             raise SystemExit(0)
-        name, given, value = flag.partition("=")
-        if name != "--config" and not name.startswith("--config."):
+        key, given, value = flag.partition("=")
+        if key != "--config" and not key.startswith("--config."):
             raise ConfigError(f"{flag}: unknown argument; use --config=path.py and --config.KEY=VALUE, or --help")
         if not given:
             if not rest or rest[0].startswith("--config"):
-                raise ConfigError(f"{name}: a value is missing; write {name}=VALUE")
+                raise ConfigError(f"{key}: a value is missing; write {key}=VALUE")
             value = rest.pop(0)
-        if name == "--config":
+        if key == "--config":
             path = value
         else:
-            overrides.append((name.removeprefix("--config."), value))
+            overrides.append((key.removeprefix("--config."), value))
     if path is None:
         raise ConfigError("--config=path.py is missing; see configs/ for examples and --help for all keys")
     config = load_file(path)
-    for name, value in overrides:
-        override(config, name, value)
+    for key, value in overrides:
+        override(config, key, value)
     return config
 
 
 def load_file(path: str) -> ConfigDict:
-    """The config that `get_config()` of a Python file returns.
+    """The config that `get_config()` of a Python file returns; a relative path is also looked up beside the package.
 
     Raises: ConfigError naming the file, and the line where it failed.
     """
-    if not Path(path).is_file():
-        near = difflib.get_close_matches(Path(path).name, [file.name for file in Path(path).parent.glob("*.py")], 1)
-        hint = f"; did you mean {Path(path).parent / near[0]}?" if near else ""
+    given, beside = Path(path), Path(__file__).parents[1] / path
+    if not given.is_file() and not beside.is_file():
+        names = [file.name for each in (given, beside) for file in each.parent.glob("*.py")]
+        near = difflib.get_close_matches(given.name, names, 1)
+        hint = f"; did you mean {given.parent / near[0]}?" if near else ""
         raise ConfigError(f"--config={path}: no such file{hint}")
+    path = str(given if given.is_file() else beside)
     try:
         module = runpy.run_path(path)
         if not callable(module.get("get_config")):

@@ -1,6 +1,6 @@
 """Options with a default, a rule and a help text, on the fields of frozen dataclasses: algorithms and evaluators have them.
 
-The rules are those of `config.KEYS` too. Imports nothing heavy, so that help and errors come at once.
+The rules are those of `config.KEYS` too. Imports nothing heavy, so that errors come at once.
 """
 
 import dataclasses
