@@ -6,8 +6,10 @@ locked `ml_collections.ConfigDict`, so a typo is an error, in the file and on th
 
 import ast
 import difflib
+import functools
 import json
 import math
+import operator
 import os
 import re
 import runpy
@@ -55,6 +57,8 @@ class Key(NamedTuple):
 
 _AXIS = Rule(lambda value: value == -1 or value >= 1, ">= 1, or -1 for the rest of the devices")
 _ONE = Rule(lambda value: len(value) == 1, "a dict of one entry, {name: {options}}")
+_PIPELINE = Rule(lambda value: not value or value in registry.PIPELINES or ":" in value,
+                 f"empty, one of {', '.join(registry.PIPELINES)}, or 'package.module:Class'")
 
 KEYS: dict[str, Key] = {
     "seed": Key(0, at_least(0), "all randomness derives from it"),
@@ -62,7 +66,7 @@ KEYS: dict[str, Key] = {
     "steps": Key(100, at_least(1), "iterations; one is a rollout and its updates", True),
 
     "model.folder": Key("", NOT_EMPTY, "pipeline in the diffusers layout: a folder, or a hub id owner/name[@revision]"),
-    "model.pipeline": Key("", ANY, "kind of the pipeline; empty = as its model_index.json says; or package.module:Class"),
+    "model.pipeline": Key("", _PIPELINE, "kind of the pipeline; empty = as its model_index.json says"),
     "model.parts": Key({}, ANY, "parts that come from elsewhere: {part: folder or hub id}"),
     "model.dtype": Key("float32", one_of("float32", "bfloat16"), "compute dtype of the networks; what is trained is float32"),
     "model.remat": Key("full", one_of(*registry.REMAT), "what the backward pass recomputes: full = all (least memory, about "
@@ -100,7 +104,8 @@ KEYS: dict[str, Key] = {
     "data.chunks": Key(1, at_least(1), "pieces of a rollout, so that host rewards overlap with sampling; divides P"),
 
     "rewards": Key({}, NOT_EMPTY, 'what to maximise: {name: {"weight": w, ...options}}'),
-    "algorithm": Key({"grpo": {}}, _ONE, f"how: {{name: {{options}}}} or a name alone; {', '.join(registry.ALGORITHMS)}"),
+    "algorithm": Key({"grpo": {}}, _ONE, f"how: {{name: {{options}}}} or a name alone, {', '.join(registry.ALGORITHMS)}; "
+                     'your own: {name: {"type": "package.module:Class", ...}}'),
 
     "optim.learning_rate": Key(1e-5, POSITIVE, "of AdamW, at its highest"),
     "optim.schedule": Key("constant", one_of(*registry.SCHEDULES), "of the learning rate after the warm-up; all but constant "
@@ -138,7 +143,10 @@ RESERVED = ("train", "time", "perf")  # what metrics begin with already
 
 
 def default() -> ConfigDict:
-    """Every key of `KEYS` with its default, locked. `model.folder`, `data` and `rewards` must still be given."""
+    """Every key of `KEYS` with its default, locked, but for the free-form ones, which take any name.
+
+    `model.folder`, `data` and `rewards` must still be given.
+    """
     nested: dict = {}
     for name, key in KEYS.items():
         *sections, last = name.split(".")
@@ -146,7 +154,11 @@ def default() -> ConfigDict:
         for section in sections:
             node = node.setdefault(section, {})
         node[last] = key.default
-    return ConfigDict(nested).lock()
+    config = ConfigDict(nested).lock()
+    for name in FREE_FORM:
+        *sections, last = name.split(".")
+        functools.reduce(operator.getitem, sections, config)[last].unlock()
+    return config
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -167,20 +179,28 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 def algorithm_of(config: ConfigDict):
     """The algorithm that a config names, its options checked. Raises: ConfigError."""
     (name, options), = config.algorithm.to_dict().items()
-    return build(registry.resolve(registry.ALGORITHMS, name, "algorithm"), options, f"algorithm.{name}")
+    return _build(registry.ALGORITHMS, name, options, "algorithm", f"algorithm.{name}")
 
 
 def evaluators_of(config: ConfigDict) -> dict:
     """{name: evaluator} of `config.evals`, their options checked. Raises: ConfigError."""
     found = {}
     for name, options in config.evals.to_dict().items():
-        options = dict(options or {})
-        kind = registry.resolve(registry.EVALUATORS, options.pop("type", "heldout"), f"evals.{name}.type")
-        found[name] = build(kind, options, f"evals.{name}")
-        if name in RESERVED:
-            raise ConfigError(f"config.evals.{name}: metrics of this name exist already; choose another name")
+        found[name] = _build(registry.EVALUATORS, "heldout", options, f"evals.{name}.type", f"evals.{name}")
+        if name in RESERVED or "/" in name:
+            raise ConfigError(f"config.evals.{name}: its numbers would be mixed with other metrics; choose another name")
         _check_rewards(f"evals.{name}.rewards", found[name].rewards)
     return found
+
+
+def _build(table: dict[str, str], kind: str, options, key: str, where: str):
+    """What is registered as `kind`, or what the option `type` names, with the other options."""
+    if not isinstance(options, Mapping | None):
+        fail(where, options, "must be a dict of options")
+    options = dict(options or {})
+    kind = options.pop("type", kind)
+    check_type(f"{where}.type", kind, str)
+    return build(registry.resolve(table, kind, key), options, where)
 
 
 # ------------------------------------------------------------------------------------------ checking
@@ -475,7 +495,7 @@ def _literal(text: str, otherwise):
 def _parse(name: str, text: str, kind: type):
     if kind is str:
         return text
-    if name == "algorithm" and text in registry.ALGORITHMS:
+    if name == "algorithm" and re.fullmatch(r"\w+", text):
         return {text: {}}
     if kind is bool:
         value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower())
