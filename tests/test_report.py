@@ -71,8 +71,8 @@ def test_complete_report(run):
     assert "0 ± 0.01 → 0.5 ± 0.01" in page and '<div class="card">diversity<br><b>3 → 3</b>' in page
     found = pictures(page)
     for words in ("before: the same", "after: the same", "reward verifier", "reward clip", "reward diversity",
-                  "importance ratio", "first update", "clipped", "approximate KL", "KL to the base", "gradient norm", "equal rewards",
-                  "time of an iteration"):
+                  "importance ratio", "first update", "clipped", "approximate KL", "KL to the base", "gradient norm",
+                  "equal rewards", "time of an iteration"):
         assert any(words in caption for caption in found), words
     assert all(np.asarray(picture.convert("RGB")).std() > 1 for caption, picture in found.items())
     assert "<td>optim.learning_rate</td><td>1e-05</td>" in page and "<td>jax</td>" in page
