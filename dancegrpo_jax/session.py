@@ -133,7 +133,7 @@ class Session:
 
     def fold(self, key, number: int):
         """The key of one purpose."""
-        return key if self.is_abstract else jax.random.fold_in(key, number)
+        return key if self.is_abstract else jax.random.fold_in(key, self.replicated(np.uint32(number)))
 
     # ---------------------------------------------------------------- rows
 
