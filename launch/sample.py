@@ -16,8 +16,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python launch/sample.py", description=__doc__,
+    from dancegrpo_jax.config import program
+
+    parser = argparse.ArgumentParser(prog=program(argv[0]), description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="pipeline folder or hub id")

@@ -110,9 +110,9 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str]) -> int:
-    from dancegrpo_jax.config import exit_status
+    from dancegrpo_jax.config import exit_status, program
 
-    parser = argparse.ArgumentParser(prog="python launch/serve_reward.py", description=__doc__,
+    parser = argparse.ArgumentParser(prog=program(argv[0]), description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", required=True, help="as config.rewards, JSON")
     parser.add_argument("--host", default="127.0.0.1")

@@ -42,6 +42,7 @@ class DiffusionNFT(Algorithm):
         return self.levels
 
     def check(self, steps, group, where):
+        super().check(steps, group, where)
         if self.levels > usable(steps):
             raise ConfigError(f"config.{where}.levels={self.levels}: a sampler of {steps} steps has {usable(steps)} levels to "
                               "train at; lower it or raise config.sampler.steps")

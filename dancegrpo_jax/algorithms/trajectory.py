@@ -54,6 +54,7 @@ class TrajectoryAlgorithm(Algorithm):
         return self.best_of or group
 
     def check(self, steps, group, where):
+        super().check(steps, group, where)
         if self.window > steps - 1:
             raise ConfigError(f"config.{where}.window={self.window}: must be 0..{steps - 1} (config.sampler.steps - 1: the "
                               "last step is never trained); lower it, or set 0 for all steps")
