@@ -10,9 +10,9 @@ from flax import nnx
 from dancegrpo_jax.models.codecs import autoencoder_kl as vae
 from dancegrpo_jax.models.denoisers import flux, unet
 from dancegrpo_jax.models.encoders import clip
-from dancegrpo_jax.pipelines.base import make_policy
 from dancegrpo_jax.models.files.convert import save_model
 from dancegrpo_jax.models.layers import split
+from dancegrpo_jax.pipelines.base import make_pipeline
 from dancegrpo_jax.worlds.tokenizer import MAX_LENGTH, write_tokenizer
 
 WIDTH = 32
@@ -42,7 +42,9 @@ def random_params(model_class, config, seed: int = 0) -> dict:
             positions = math.prod(shape[:2]) if len(shape) == 4 else 1  # of a convolution; stacked layers have three axes
             limit = math.sqrt(6 / positions / (shape[-2] + shape[-1]))
             return rng.uniform(-limit, limit, shape)
-        return 0.02 * rng.standard_normal(shape) if name.endswith("embedding") else np.full(shape, float(name.endswith("scale")))
+        if name.endswith("embedding"):
+            return 0.02 * rng.standard_normal(shape)
+        return np.full(shape, float(name.endswith("scale")))
     abstract = split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))[1]
     return {name: draw(name, leaf.shape).astype(np.float32) for name, leaf in abstract.items()}
 
@@ -57,15 +59,15 @@ def write_pipeline(folder, paradigm: str, seed: int = 0):
                 else (unet.UNet2DConditionModel, UNET, "unet"))
     for model_class, config, part in ((vae.AutoencoderKL, VAE, "vae"), (clip.CLIPTextModel, text, "text_encoder"), denoiser):
         save_model(folder / part, model_class, config, random_params(model_class, config, seed), dtype=jnp.float32)
+    name = "FluxPipeline" if paradigm == "flow" else "StableDiffusionPipeline"
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     return folder
 
 
-def load_policy(folder, paradigm: str, *, lora_rank: int = 0, **options):
-    """The policy of a tiny pipeline with its parameters: (policy, trainable, frozen)."""
-    kernel = {"kernel": "flow", "eta": 0.7} if paradigm == "flow" else {"kernel": "ddim", "eta": 1.0}
-    name = "flux" if paradigm == "flow" else "stable_diffusion"
-    policy = make_policy(name, folder, **{"height": 32, "width": 32} | kernel | options)
+def load_pipeline(folder, *, lora_rank: int = 0, **options):
+    """A tiny pipeline with its parameters: (pipeline, trainable, frozen)."""
     lora = {"rank": lora_rank, "alpha": 8.0, "targets": (r".*attn.*\.to_(q|k|v|out\.0)",)} if lora_rank else None
-    return policy, *policy.load(lora)
+    pipeline = make_pipeline(folder, **{"height": 32, "width": 32, "lora": lora} | options)
+    return pipeline, *pipeline.load()
