@@ -22,12 +22,12 @@ class Ours:
     def __init__(self, config):
         import jax
         import numpy as np
+        from dancegrpo_jax.update import Objective, make_optimizer
 
         from dancegrpo_jax import data
         from dancegrpo_jax.pipelines.base import configured_policy, lora_settings
         from dancegrpo_jax.rewards.base import RewardSet
         from dancegrpo_jax.sde import window
-        from dancegrpo_jax.update import Objective, make_optimizer
 
         self.config, self.policy = config, configured_policy(config)
         trainable, self.frozen = self.policy.load(lora_settings(config), config.seed)
@@ -45,7 +45,6 @@ class Ours:
 
     def start(self, tx, trainable):
         import jax
-
         from dancegrpo_jax.update import init_state
 
         trainable = jax.device_put(trainable, jax.devices()[0])  # where updates leave it: nothing compiles twice
@@ -55,12 +54,12 @@ class Ours:
     def iteration(self, key, lap, score=None) -> dict:
         """Calls `lap(phase, arrays)` after each phase; `score(images, prompts)` replaces the rewards."""
         import jax
+        from dancegrpo_jax.evaluate import decode, encode
+        from dancegrpo_jax.update import make_examples, update
 
         from dancegrpo_jax.config import trained_steps
-        from dancegrpo_jax.evaluate import decode, encode
         from dancegrpo_jax.rollout import rollout
         from dancegrpo_jax.trainer import select
-        from dancegrpo_jax.update import make_examples, update
 
         config, policy = self.config, self.policy
         cond = encode(policy, self.frozen, policy.tokenize(self.prompts))

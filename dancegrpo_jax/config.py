@@ -5,7 +5,6 @@ locked `ml_collections.ConfigDict`, so a typo is an error, in the file and on th
 """
 
 import ast
-import dataclasses
 import difflib
 import json
 import math
@@ -62,11 +61,11 @@ KEYS: dict[str, Key] = {
     "steps": Key(100, at_least(1), "iterations; one is a rollout and its updates", True),
 
     "model.folder": Key("", NOT_EMPTY, "pipeline in the diffusers layout: a folder, or a hub id owner/name[@revision]"),
-    "model.pipeline": Key("", ANY, "kind of the pipeline; empty = as its model_index.json says. Your own: package.module:Class"),
+    "model.pipeline": Key("", ANY, "kind of the pipeline; empty = as its model_index.json says; or package.module:Class"),
     "model.parts": Key({}, ANY, "parts that come from elsewhere: {part: folder or hub id}"),
     "model.dtype": Key("float32", one_of("float32", "bfloat16"), "compute dtype of the networks; what is trained is float32"),
-    "model.remat": Key("full", one_of(*registry.REMAT), "what the backward pass recomputes: full = all (least memory, about 1/3 "
-                       "more compute), attention = all but attention, dots = all but products with weights, none", True),
+    "model.remat": Key("full", one_of(*registry.REMAT), "what the backward pass recomputes: full = all (least memory, about "
+                       "1/3 more compute), attention = all but attention, dots = all but products with weights, none", True),
     "model.height": Key(0, at_least(0), "of the images, pixels; 0 = as the model is usually sampled"),
     "model.width": Key(0, at_least(0), "of the images, pixels; 0 = as the model is usually sampled"),
     "model.guidance_scale": Key(1.0, at_least(0), "classifier-free guidance in rollout and update; 1 = off"),
@@ -87,8 +86,8 @@ KEYS: dict[str, Key] = {
     "sampler.steps": Key(50, between(2, 1000), "denoising steps of the rollout (T)"),
     "sampler.shift": Key(1.0, at_least(0), "of the rectified-flow schedule towards noise; 3 for FLUX; 0 = as the "
                          "checkpoint's scheduler says"),
-    "sampler.time_rounding": Key("exact", one_of(*registry.TIME_ROUNDING), "of the times that flow models see, as in the PyTorch "
-                                 "reference: int truncates, bf16_ref also rounds times and guidance to bfloat16"),
+    "sampler.time_rounding": Key("exact", one_of(*registry.TIME_ROUNDING), "of the times that flow models see, as in the "
+                                 "PyTorch reference: int truncates, bf16_ref also rounds times and guidance to bfloat16"),
     "sampler.shared_noise": Key(True, ANY, "all samples of a prompt start from the same noise"),
     "sampler.eval_steps": Key(50, between(1, 1000), "steps of the deterministic sampler in evaluation"),
 
@@ -103,8 +102,8 @@ KEYS: dict[str, Key] = {
     "algorithm": Key({"grpo": {}}, _ONE, f"how: {{name: {{options}}}} or a name alone; {', '.join(registry.ALGORITHMS)}"),
 
     "optim.learning_rate": Key(1e-5, POSITIVE, "of AdamW, at its highest"),
-    "optim.schedule": Key("constant", one_of(*registry.SCHEDULES), "of the learning rate after the warm-up; all but constant end "
-                          "at 0"),
+    "optim.schedule": Key("constant", one_of(*registry.SCHEDULES), "of the learning rate after the warm-up; all but constant "
+                          "end at 0"),
     "optim.b1": Key(0.9, between(0, 1, ends="[)"), "decay of the gradient average"),
     "optim.b2": Key(0.999, between(0, 1, ends="[)"), "decay of the squared-gradient average"),
     "optim.eps": Key(1e-8, POSITIVE, "of AdamW"),
@@ -115,8 +114,8 @@ KEYS: dict[str, Key] = {
     "optim.updates_per_rollout": Key(1, at_least(1), "optimizer updates in an iteration"),
     "optim.microbatch": Key(8, at_least(1), "examples in one accumulation step, e.g. (sample, timestep) pairs"),
 
-    "evals": Key({}, ANY, 'evaluations: {name: {"rows": file, "count": n, "every": iterations, "rewards": {...}}}; the one called '
-                 "eval is shown first", True),
+    "evals": Key({}, ANY, 'evaluations: {name: {"rows": file, "count": n, "every": iterations, "rewards": {...}}}; their '
+                 "numbers are logged as name/reward", True),
 
     "checkpoint.every": Key(25, at_least(1), "iterations between checkpoints", True),
     "checkpoint.keep": Key(2, at_least(1), "newest checkpoints to keep", True),
@@ -129,8 +128,8 @@ KEYS: dict[str, Key] = {
     "log.tensorboard": Key(True, ANY, "write TensorBoard events into run_dir", True),
     "log.wandb": Key("", ANY, "project name at Weights & Biases; empty = off", True),
     "log.images_every": Key(10, at_least(0), "iterations between grids of training samples; 0 = never", True),
-    "log.profile": Key(0, at_least(0), "iteration to trace into run_dir/profile, for xprof; 0 = none. The first compiles: take a "
-                       "later one", True),
+    "log.profile": Key(0, at_least(0), "iteration to trace into run_dir/profile, for xprof; 0 = none. The first compiles: take "
+                       "a later one", True),
     "log.prompts_in_grid": Key(8, at_least(1), "rows of an image grid", True),
 }
 FREE_FORM = tuple(name for name, key in KEYS.items() if isinstance(key.default, dict))

@@ -179,7 +179,7 @@ class _JsonLines:
         part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(part, file)
         # A buffer would write a failed line again later.
-        self.file = open(file, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self.file = open(file, "ab", buffering=0)
 
     def scalars(self, step: int, values: Mapping) -> None:
         line = json.dumps({"step": step, **values}).encode() + b"\n"

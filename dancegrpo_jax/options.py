@@ -79,9 +79,10 @@ def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
 
 def option(default, rule: Rule, help: str):
     """A field of a frozen dataclass that is set in the config."""
+    metadata = {"rule": rule, "help": help, "default": default}
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata={"rule": rule, "help": help, "default": default})
-    return dataclasses.field(default=default, metadata={"rule": rule, "help": help, "default": default})
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Option(NamedTuple):

@@ -47,7 +47,8 @@ def resolve(table: dict[str, str], name: str, where: str):
     """
     path = table.get(name, name)
     if ":" not in path:
-        raise ConfigError(f"config.{where}={name!r}: known are {', '.join(table)} or 'package.module:Class'{nearest(name, table)}")
+        raise ConfigError(f"config.{where}={name!r}: known are {', '.join(table)} or 'package.module:Class'"
+                          f"{nearest(name, table)}")
     module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

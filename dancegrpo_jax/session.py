@@ -85,7 +85,8 @@ class Session:
             return None
         embedded = EmbeddingSet(config.data.embeddings, fingerprint(self.pipeline))
         for part in (rows, *(each.rows for each in self.evals.values())):
-            embedded.check([row.prompt for row in part] + (self.pipeline.negatives(part) if self.pipeline.guidance_scale != 1 else []))
+            negatives = self.pipeline.negatives(part) if self.pipeline.guidance_scale != 1 else []
+            embedded.check([row.prompt for row in part] + negatives)
         return embedded
 
     def _warn_of_long_prompts(self, sets: dict[str, list[Row]]) -> None:
@@ -155,7 +156,7 @@ class Session:
 
     def close(self) -> None:
         """Ends the threads of the rewards and lets go of their networks."""
-        for rewards in {id(each): each for each in (self.rewards, *(evaluation.rewards for evaluation in self.evals.values()))}.values():
+        for rewards in (self.rewards, *(evaluation.rewards for evaluation in self.evals.values())):
             rewards.close()
 
 
@@ -190,8 +191,8 @@ class Rescoring:
         kept = self.kept is not False and change < self.limit
         if kept != self.kept:
             log.log(logging.INFO if kept else logging.WARNING,
-                    "rollout and update round differently by %.1e of a ratio, %s a tenth of the clip range: old log-probabilities are "
-                    "%s", change, "less than" if kept else "not less than",
+                    "rollout and update round differently by %.1e of a ratio, %s a tenth of the clip range: old "
+                    "log-probabilities are %s", change, "less than" if kept else "not less than",
                     "the rollout's" if kept else "computed anew before the first update (one more forward pass)")
         self.kept = kept
 

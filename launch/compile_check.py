@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dancegrpo_jax.aot.topology import get_topology, set_environment  # noqa: E402 (imports no jax)
+from dancegrpo_jax.aot.topology import get_topology, set_environment
 
 
 def check(args: argparse.Namespace, overrides: list[str]) -> list[dict]:
@@ -58,8 +58,8 @@ def main(argv: list[str]) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="config file; its keys are overridden by --config.KEY=VALUE")
     parser.add_argument("--topology", required=True, help="chip:AxB or chip:AxBxC, or several with commas: v5e:4x4,v5p:4x4x4")
-    parser.add_argument("--adapt", action="store_true", help="change mesh, prompts, chunks and micro-batch to what divides over "
-                                                            "the topology, and say how")
+    parser.add_argument("--adapt", action="store_true", help="change mesh, prompts, chunks and micro-batch to what divides "
+                                                            "over the topology, and say how")
     parser.add_argument("--phases", default="", help="compile only these: encode, rollout, decode, reward, update, ...")
     parser.add_argument("--microbatch", action="store_true", help="also search the largest config.optim.microbatch that fits "
                                                                  "(several compiles)")

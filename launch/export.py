@@ -21,9 +21,9 @@ def export(run_dir, out, dtype: str | None = None, max_shard_size: str = "5GB") 
       max_shard_size: of one safetensors file, e.g. "5GB".
     Raises: ConfigError or CheckpointError if there is nothing to export, FileExistsError if `out` is not empty.
     """
-    from dancegrpo_jax.session import open_run
     from dancegrpo_jax.models.files.convert import WEIGHT_FILES, Folder, save_params
     from dancegrpo_jax.models.files.lora import save_adapters
+    from dancegrpo_jax.session import open_run
 
     out = Path(out)
     if out.exists() and any(out.iterdir()):

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from dancegrpo_jax.models.denoisers.flux import FluxTransformer2DModel
-from dancegrpo_jax.models.layers import LoRAParam, merge, split
 from dancegrpo_jax.models.files.lora import add_lora, init_adapters, linear_paths
+from dancegrpo_jax.models.layers import LoRAParam, merge, split
 
 TARGETS = (r".*attn\.to_(q|k|v|out\.0)", r"x_embedder")
 CONFIG = FluxTransformer2DModel.Config(

@@ -7,13 +7,16 @@ import optax
 import pytest
 
 from dancegrpo_jax import sharding
-from dancegrpo_jax.evaluate import encode
-from dancegrpo_jax.rollout import rollout
-from dancegrpo_jax.update import Objective, init_state, make_examples, update
-from tests.pipelines import load_policy, write_pipeline
+from dancegrpo_jax.algorithms.grpo import GRPO
+from dancegrpo_jax.data import rows_of
+from dancegrpo_jax.learner import Learner, init_state, make_batch, update
+from dancegrpo_jax.rollout import encode, rollout
+from dancegrpo_jax.sde import Kernel
+from tests.pipelines import load_pipeline, write_pipeline
 
 OPTIMISED = True
 STEPS = 4
+KERNELS = {"flow": Kernel("flow", 0.7), "diffusion": Kernel("ddim", 1.0)}
 PROMPTS = ["a red circle", "two blue squares", "a cross and a circle"]
 
 # paradigm, dtype, LoRA rank, guidance, (prompts, group), devices: every value of each with every one of the others once,
@@ -36,30 +39,31 @@ def pipelines(tmp_path_factory):
 @pytest.mark.parametrize("paradigm,dtype,rank,guidance,batch,devices", CASES)
 def test_ratio_is_one_before_the_first_update(pipelines, paradigm, dtype, rank, guidance, batch, devices):
     prompts, group = batch
-    policy, trainable, frozen = load_policy(pipelines[paradigm], paradigm, lora_rank=rank, dtype=dtype,
-                                            guidance_scale=guidance)
+    pipeline, trainable, frozen = load_pipeline(pipelines[paradigm], lora_rank=rank, dtype=dtype, guidance_scale=guidance)
     if rank:  # fresh adapters are zero: move them, so that they take part
-        keys = jax.random.split(jax.random.key(5), len(trainable))
-        trainable = {name: 0.2 * jax.random.normal(key, leaf.shape) for key, (name, leaf) in zip(keys, trainable.items())}
+        (part, adapters), = trainable.items()
+        keys = jax.random.split(jax.random.key(5), len(adapters))
+        trainable = {part: {name: 0.2 * jax.random.normal(key, leaf.shape)
+                            for key, (name, leaf) in zip(keys, adapters.items(), strict=True)}}
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    learner = Learner(pipeline, KERNELS[paradigm], GRPO(timestep_fraction=1.0), optax.adamw(1e-3))
     with jax.set_mesh(mesh):
         trainable, frozen = sharding.place_params((trainable, frozen), mesh)
-        tokens = policy.tokenize((PROMPTS * prompts)[:prompts])
-        cond = encode(policy, frozen, sharding.shard_batch(tokens, mesh))
-        schedule = policy.schedule(STEPS, 2.0)
-        trajectory = rollout(policy, trainable, frozen, cond, jax.random.key(1), schedule, group_size=group)
-        trained = STEPS - 1
-        time_index = jnp.tile(jnp.arange(trained), (prompts * group, 1))
-        chosen = jnp.tile(jnp.arange(group), (prompts, 1))
-        advantage = jax.random.normal(jax.random.key(2), (prompts, group))
-        examples = make_examples(trajectory, schedule, cond, advantage, chosen, time_index, updates=1,
-                                 microbatch=prompts * group)
-        tx = optax.adamw(1e-3)
-        state = init_state(trainable, tx=tx, with_ema=False, rules=policy.sharding)
-        state, first = update(policy, tx, Objective(), state, frozen, {}, examples, 0)
-        _, second = update(policy, tx, Objective(), state, frozen, {}, examples, 0)
-    assert float(jnp.abs(trajectory.log_probs[:trained]).min()) > 0
+        inputs = pipeline.inputs(rows_of((PROMPTS * prompts)[:prompts]))
+        cond = encode(pipeline, frozen, sharding.shard_batch(inputs, mesh), jax.random.key(0))
+        assert (cond.negative is None) == (guidance == 1)
+        schedule = pipeline.schedule(STEPS, 2.0)
+        trajectory = rollout(pipeline, learner.kernel, trainable, frozen, cond, jax.random.key(1), schedule, group_size=group)
+        scores = {"r": (jax.random.normal(jax.random.key(2), (prompts, group)), jnp.ones((prompts, group), bool))}
+        examples, _, _ = make_batch(learner.algorithm, jax.random.key(3), trajectory, schedule, scores, jnp.arange(prompts), {},
+                                    cond, weights=(("r", 1.0),), updates=1, microbatch=prompts * group)
+        if group == 1:  # alone in its group a sample has no advantage
+            examples = examples._replace(samples={"advantage": scores["r"][0].reshape(-1)})
+        state = init_state(learner, trainable, {})
+        state, first = update(learner, state, frozen, {}, examples, 0, jax.random.key(4), False)
+        _, second = update(learner, state, frozen, {}, examples, 0, jax.random.key(4), False)
+    assert float(jnp.abs(trajectory.log_probs[:STEPS - 1]).min()) > 0
     for bound in ("min", "max"):
-        assert abs(float(first[f"rollout_ratio/{bound}"]) - 1) <= 1e-6
+        assert abs(float(first[f"ratio_first/{bound}"]) - 1) <= 1e-6
     # and it is no constant: one update moves it
-    assert np.ptp([float(second["rollout_ratio/min"]), float(second["rollout_ratio/max"])]) > 1e-6
+    assert np.ptp([float(second["ratio_first/min"]), float(second["ratio_first/max"])]) > 1e-6

@@ -14,10 +14,10 @@ from flax import nnx
 from dancegrpo_jax.data import rows_of
 from dancegrpo_jax.media import from_images
 from dancegrpo_jax.models.encoders.clip import IMAGE_MEAN, IMAGE_STD, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-from dancegrpo_jax.models.files.convert import CheckpointError, match_keys, save_model, to_torch
-from dancegrpo_jax.models.layers import split
 from dancegrpo_jax.models.encoders.open_clip import ARCHITECTURES, to_transformers
+from dancegrpo_jax.models.files.convert import CheckpointError, match_keys, save_model, to_torch
 from dancegrpo_jax.models.files.torch_file import read_torch
+from dancegrpo_jax.models.layers import split
 from dancegrpo_jax.rewards import RewardSet, build
 from dancegrpo_jax.rewards.clip import clean_text, preprocess
 from dancegrpo_jax.worlds.tokenizer import MAX_LENGTH, write_tokenizer

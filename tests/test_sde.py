@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dancegrpo_jax import sde
+from dancegrpo_jax import registry, sde
+from dancegrpo_jax.guidance import Cond
 from dancegrpo_jax.rollout import rollout
 from tests import oracle
-from tests.toy import GaussianPolicy
+from tests.toy import GaussianPipeline
 
 KERNELS = ([(kernel, eta, "velocity") for kernel, eta in (("dance", 0.3), ("flow", 0.7), ("cps", 0.7))]
-           + [(kernel, 0.8, prediction) for kernel in ("ddim", "sde") for prediction in sde.PREDICTIONS[1:]])
+           + [(kernel, 0.8, prediction) for kernel in ("ddim", "sde") for prediction in registry.PREDICTIONS[1:]])
 MEAN, STD = np.array([1.5, -0.5, 0.3, 0.0]), np.array([0.5, 1.3, 0.1, 0.8])
 
 
@@ -51,7 +52,7 @@ def test_prediction_types_agree():
     x0, eps = rng.standard_normal((2, 2, 5), dtype=np.float32)
     sigma, alpha = np.float32(0.6), np.float32(0.8)
     outputs = {"epsilon": eps, "sample": x0, "v_prediction": alpha * eps - sigma * x0}
-    for kernel in sde.DIFFUSION_KERNELS:
+    for kernel in registry.DIFFUSION_KERNELS:
         found = [sde.transition(kernel, p, 1.0, output, alpha * x0 + sigma * eps, sigma, 0.4, True)
                  for p, output in outputs.items()]
         for mean, std in found[1:]:
@@ -105,7 +106,7 @@ def orders(errors):
     ("flow", 0.7, "velocity", lambda steps: flow_levels(steps, start=0.9)),
     ("cps", 0.0, "velocity", flow_levels),
     *[(kernel, eta, prediction, diffusion_levels)
-      for kernel in ("ddim", "sde") for eta in (0.0, 0.5, 1.0) for prediction in sde.PREDICTIONS[1:]]])
+      for kernel in ("ddim", "sde") for eta in (0.0, 0.5, 1.0) for prediction in registry.PREDICTIONS[1:]]])
 def test_samplers_converge_to_the_marginal_with_first_order(kernel, eta, prediction, levels):
     errors = [error(kernel, prediction, eta, levels(steps)) for steps in (64, 128, 256, 512)]
     np.testing.assert_allclose(orders(errors), 1, atol=0.1)
@@ -165,9 +166,9 @@ def test_cps_keeps_the_noise_level_exactly_only_where_the_denoiser_is_certain():
 def test_rollout_samples_have_the_exact_moments(kernel, eta, prediction):
     """Monte Carlo through the real sampler: mean and covariance at every step, within 5 standard errors."""
     schedule = sde.flow_schedule(12, 3.0) if prediction == "velocity" else sde.ddim_schedule(10)
-    policy, samples = GaussianPolicy(kernel, prediction, eta, schedule, (4,)), 8192
+    toy, samples = GaussianPipeline(kernel, prediction, eta, schedule, (4,)), 8192
     cond = {"mean": np.tile(MEAN, (2, 1)).astype(np.float32), "std": np.tile(STD, (2, 1)).astype(np.float32)}
-    latents = rollout(policy, {}, {}, cond, jax.random.key(0), schedule, group_size=samples // 2,
+    latents = rollout(toy, toy.kernel, {}, {}, Cond(cond), jax.random.key(0), schedule, group_size=samples // 2,
                       shared_noise=False).latents
     means, variances = oracle.gaussian_marginals(kernel, prediction, eta, schedule.sigmas.astype(np.float64),
                                                  schedule.stochastic, MEAN, STD, start=(np.zeros(4), np.ones(4)))
@@ -253,7 +254,7 @@ def test_flow_schedules_of_any_shift_begin_at_one_and_end_at_zero(steps):
     np.testing.assert_array_equal([schedule.times for schedule in schedules], 1000 * sigmas[:, :-1])
 
 
-@pytest.mark.parametrize("rounding", sde.TIME_ROUNDING)
+@pytest.mark.parametrize("rounding", registry.TIME_ROUNDING)
 def test_the_first_time_is_1000_for_any_shift(rounding):
     assert {float(sde.flow_schedule(4, shift, rounding).times[0]) for shift in SHIFTS} == {1000}
 
@@ -376,7 +377,7 @@ def test_flow_ode_equals_diffusers():
     reference = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     schedule = sde.flow_schedule(16, 3.0)
     x, output = np.random.default_rng(0).standard_normal((2, 16, 4, 2), dtype=np.float32)
-    for kernel in sde.FLOW_KERNELS:
+    for kernel in registry.FLOW_KERNELS:
         mean, std = sde.transition(kernel, "velocity", 0.3, output, x, schedule.sigmas[:-1], schedule.sigmas[1:], False)
         assert not std.any()
         reference.set_timesteps(sigmas=np.linspace(1, 1 / 16, 16))  # it counts its own steps

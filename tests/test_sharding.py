@@ -11,14 +11,17 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from dancegrpo_jax import sharding
-from dancegrpo_jax.evaluate import decode, encode, encode_prompts
+from dancegrpo_jax.algorithms.grpo import GRPO
+from dancegrpo_jax.data import rows_of
+from dancegrpo_jax.learner import Learner, init_state, make_batch, update
 from dancegrpo_jax.models import attention as seam
 from dancegrpo_jax.models.denoisers.flux import FluxTransformer2DModel, TokenLayout
-from dancegrpo_jax.models.layers import merge, split
 from dancegrpo_jax.models.denoisers.unet import UNet2DConditionModel
-from dancegrpo_jax.rollout import rollout
-from dancegrpo_jax.update import Objective, init_state, make_examples, update
-from tests.pipelines import UNET, load_policy, random_params, write_pipeline
+from dancegrpo_jax.models.layers import merge, split
+from dancegrpo_jax.pipelines.base import make_pipeline
+from dancegrpo_jax.rollout import decode, encode, rollout
+from dancegrpo_jax.sde import Kernel
+from tests.pipelines import UNET, random_params, write_pipeline
 
 MESHES = {"data 8": {}, "fsdp 8": dict(data=1, fsdp=8), "data 2, fsdp 4": dict(data=2, fsdp=4),
           "fsdp 4, tensor 2": dict(data=1, fsdp=4, tensor=2), "fsdp 2, seq 4": dict(data=1, fsdp=2, seq=4)}
@@ -56,20 +59,21 @@ def iterate(folder, mesh):
     """One training iteration of FLUX: text encoder, rollout, decoding, update. Outputs, gradients, the new weights."""
     prompts, group, steps = 8, 2, 3
     with jax.set_mesh(mesh):
-        policy, *_ = load_policy(folder, "flow", height=24, width=40, remat="none")
-        trainable, frozen = policy.load(mesh=mesh)
-        cond = encode_prompts(policy, frozen, mesh, ["a red circle", "two blue squares", "a green star", "one"] * 2)
-        schedule = policy.schedule(steps, 2.0)
-        trajectory = rollout(policy, trainable, frozen, cond, jax.random.key(1), schedule, group_size=group)
-        images = decode(policy, frozen, trajectory.latents[-1])
-        advantage = jax.random.normal(jax.random.key(2), (prompts, group))
-        examples = make_examples(
-            trajectory, schedule, cond, advantage, jnp.tile(jnp.arange(group), (prompts, 1)),
-            jnp.tile(jnp.arange(steps - 1), (prompts * group, 1)), updates=1, microbatch=prompts * group)
-        tx = optax.trace(decay=0.0)  # its state is the gradient
-        state = init_state(trainable, tx=tx, with_ema=False, rules=policy.sharding)
-        state, _ = update(policy, tx, Objective(on_policy=True), state, frozen, {}, examples, 0)
-    return {"images": images, "log_probs": trajectory.log_probs[:-1]}, state.opt_state.trace, state.trainable
+        pipeline = make_pipeline(folder, height=24, width=40, remat="none")
+        trainable, frozen = pipeline.load(mesh=mesh)
+        inputs = pipeline.inputs(rows_of(["a red circle", "two blue squares", "a green star", "one"] * 2))
+        cond = encode(pipeline, frozen, sharding.shard_batch(inputs, mesh), jax.random.key(0))
+        schedule, kernel = pipeline.schedule(steps, 2.0), Kernel("flow", 0.7)
+        trajectory = rollout(pipeline, kernel, trainable, frozen, cond, jax.random.key(1), schedule, group_size=group)
+        images = decode(pipeline, frozen, trajectory.latents, group_size=group)
+        learner = Learner(pipeline, kernel, GRPO(timestep_fraction=1.0), optax.trace(decay=0.0))  # its state is the gradient
+        scores = {"r": (jax.random.normal(jax.random.key(2), (prompts, group)), jnp.ones((prompts, group), bool))}
+        batch, _, _ = make_batch(learner.algorithm, jax.random.key(3), trajectory, schedule, scores, jnp.arange(prompts), {},
+                                 cond, weights=(("r", 1.0),), updates=1, microbatch=prompts * group)
+        state = init_state(learner, trainable, {})
+        state, _ = update(learner, state, frozen, {}, batch, 0, jax.random.key(4), True)
+    (trace,), (params,) = state.opt_state.trace.values(), state.trainable.values()
+    return {"images": images, "log_probs": trajectory.log_probs[:-1]}, trace, params
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
@@ -88,14 +92,13 @@ def test_an_iteration_is_the_same_on_every_mesh(unsharded, mesh):
 def test_prompts_that_do_not_divide_are_shared_out(unsharded):
     """Three prompts on eight devices: the values of one device, and each device encodes one, not all three."""
     folder, _ = unsharded
-    prompts, found, work = ["a red circle", "two blue squares", "one"], [], []
+    rows, found, work = rows_of(["a red circle", "two blue squares", "one"]), [], []
     for mesh in (sharding.make_mesh(devices=jax.devices()[:1]), sharding.make_mesh()):
         with jax.set_mesh(mesh):
-            policy, *_ = load_policy(folder, "flow")
-            frozen = policy.load_text(mesh)
-            found.append(encode_prompts(policy, frozen, mesh, prompts))
-            tokens = sharding.shard_batch(policy.tokenize(prompts), mesh)
-            work.append(encode.lower(policy, frozen, tokens).compile().cost_analysis()["flops"])
+            pipeline = make_pipeline(folder, height=32, width=32)
+            frozen, inputs = pipeline.load_text(mesh), sharding.shard_batch(pipeline.inputs(rows), mesh)
+            found.append(encode(pipeline, frozen, inputs, jax.random.key(0)).positive)
+            work.append(encode.lower(pipeline, frozen, inputs, jax.random.key(0)).compile().cost_analysis()["flops"])
     assert_same(found[1], found[0], 1e-5)
     assert found[1]["hidden"].shape[0] == 3 and work[1] < 0.5 * work[0]
 
@@ -105,7 +108,7 @@ def unet():
     graphdef = split(nnx.eval_shape(lambda: UNet2DConditionModel(UNET, rngs=nnx.Rngs(0))))[0]
     params = random_params(UNet2DConditionModel, UNET)
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
+    draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
     inputs = draw(BATCH, 6, 10, 4), np.linspace(1, 999, BATCH, dtype=np.float32), draw(BATCH, TEXT, 32), draw(BATCH, 6, 10, 4)
     return graphdef, params, inputs, unet_gradients(graphdef, params, inputs)
 
@@ -144,7 +147,7 @@ def test_parameters_are_split():
 
 def flux_inputs():
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
+    draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
     return (draw(BATCH, 15, 8), draw(BATCH, TEXT, 24), draw(BATCH, 16), np.full(BATCH, 700, np.float32)), draw(BATCH, 15, 8)
 
 
@@ -184,9 +187,9 @@ def test_flux_with_tokens_and_heads_over_devices(flux, kernel, monkeypatch):
 def test_token_layout_joins_and_separates(parts):
     layout = TokenLayout(TEXT, *GRID, parts)
     text, image = np.arange(TEXT)[None, :, None] + 1, np.arange(15)[None, :, None] + 101
-    pad = lambda x: np.pad(x, ((0, 0), (0, -x.shape[1] % parts), (0, 0)))  # noqa: E731
+    pad = lambda x: np.pad(x, ((0, 0), (0, -x.shape[1] % parts), (0, 0)))
     joined = layout.join(pad(text), pad(image))
-    for whole, part in zip((pad(text), pad(image)), layout.separate(joined)):
+    for whole, part in zip((pad(text), pad(image)), layout.separate(joined), strict=True):
         np.testing.assert_array_equal(part, whole)
     valid = layout.valid()
     np.testing.assert_array_equal(joined[0, :, 0] > 0, True if valid is None else valid)
@@ -213,7 +216,7 @@ def test_splash_is_attention(padded):
         found, back = both(lambda q, k, v: seam.splash(q, k, v, valid, 0.2, interpret=True))
         gradients = back(g)
     expected, back = both(lambda q, k, v: seam.attention(q, k, v, valid=valid, scale=0.2).reshape(q.shape))
-    for name, ours, theirs in zip("oqkv", (found, *gradients), (expected, *back(g))):
+    for name, ours, theirs in zip("oqkv", (found, *gradients), (expected, *back(g)), strict=True):
         assert_same({name: ours}, {name: theirs}, 1e-5)
 
 

@@ -7,27 +7,29 @@ import optax
 import pytest
 
 from dancegrpo_jax import sharding
+from dancegrpo_jax.algorithms.grpo import GRPO
+from dancegrpo_jax.learner import Learner, init_state, make_batch, update
 from dancegrpo_jax.rollout import rollout
-from dancegrpo_jax.update import Objective, init_state, make_examples, update
-from tests.toy import GROUP, MESHES, POLICY, PROMPTS, SCHEDULE, STEPS
+from tests.toy import GROUP, MESHES, PROMPTS, SCHEDULE, TOY
 
 
 def test_no_implicit_transfers():
     mesh = sharding.make_mesh(*MESHES[1])
-    tx, objective = optax.adamw(1e-3), Objective(ema_decay=0.9)
+    learner = Learner(TOY, TOY.kernel, GRPO(timestep_fraction=1.0), optax.adamw(1e-3), ema_decay=0.9)
     with jax.set_mesh(mesh):
-        trainable, frozen = sharding.place_params(POLICY.init(), mesh, POLICY.sharding)
-        state = init_state(trainable, tx=tx, with_ema=True, rules=POLICY.sharding)
-        cond = sharding.shard_batch(POLICY.cond(PROMPTS), mesh)
-        advantage, chosen, time_index, index, plan = sharding.replicate(
-            (np.ones((PROMPTS, GROUP), np.float32), np.tile(np.arange(GROUP), (PROMPTS, 1)),
-             np.tile(np.arange(STEPS - 1), (PROMPTS * GROUP, 1)), np.int32(0), SCHEDULE), mesh)
+        trainable, frozen = sharding.place_params(TOY.init(), mesh)
+        state = init_state(learner, trainable, {})
+        cond = sharding.shard_batch(TOY.cond(PROMPTS), mesh)
+        scores = {"r": (np.random.default_rng(0).random((PROMPTS, GROUP), np.float32), np.ones((PROMPTS, GROUP), bool))}
+        scores, numbers, index, on_policy, plan = sharding.replicate(
+            (scores, np.arange(PROMPTS), np.int32(0), np.bool_(True), SCHEDULE), mesh)
         keys = list(jax.random.split(jax.random.key(0)))
         for key in keys:
             with jax.transfer_guard("disallow"):
-                trajectory = rollout(POLICY, state.trainable, frozen, cond, key, plan, group_size=GROUP)
-                examples = make_examples(trajectory, plan, cond, advantage, chosen, time_index, updates=1, microbatch=16)
-                state, metrics = update(POLICY, tx, objective, state, frozen, {}, examples, index)
+                trajectory = rollout(TOY, TOY.kernel, state.trainable, frozen, cond, key, plan, group_size=GROUP)
+                batch, _, _ = make_batch(learner.algorithm, key, trajectory, plan, scores, numbers, {}, cond,
+                                         weights=(("r", 1.0),), updates=1, microbatch=16)
+                state, metrics = update(learner, state, frozen, {}, batch, index, key, on_policy)
         assert int(state.step) == 2 and jnp.isfinite(metrics["loss"])
         with pytest.raises(Exception, match="Disallowed host-to-device"), jax.transfer_guard("disallow"):
-            rollout(POLICY, state.trainable, frozen, cond, keys[0], SCHEDULE, group_size=GROUP)  # a schedule left on the host
+            rollout(TOY, TOY.kernel, state.trainable, frozen, cond, keys[0], SCHEDULE, group_size=GROUP)  # left on the host

@@ -1,4 +1,4 @@
-"""Two tiny policies with the attributes that the algorithm uses of `models.base.Policy`, and small meshes."""
+"""Two tiny pipelines with the attributes that the core uses of `pipelines.base.Pipeline`, and small meshes."""
 
 import contextlib
 
@@ -7,17 +7,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from dancegrpo_jax import sde, sharding
+from dancegrpo_jax.guidance import Cond
+from dancegrpo_jax.sde import Kernel
 from tests import oracle
 
 
-class GaussianPolicy:
+class Toy:
+    """What both have; `kernel` is what tests sample them with."""
+
+    guidance_scale, fps, sharding = 1.0, 0.0, ()
+
+    def __init__(self, kernel, prediction, eta, latent_shape):
+        self.kernel, self.prediction, self.latent_shape = Kernel(kernel, eta), prediction, latent_shape
+
+    def denoise(self, params, x, time, cond):
+        return self.predict(params.get("net"), x, time, cond)
+
+
+class GaussianPipeline(Toy):
     """The exact denoiser of data x0 ~ N(cond["mean"], cond["std"]^2), both [B, *latent_shape]; it has no parameters."""
 
     def __init__(self, kernel, prediction, eta, schedule, latent_shape):
-        self.kernel, self.prediction, self.eta, self.latent_shape = kernel, prediction, eta, latent_shape
+        super().__init__(kernel, prediction, eta, latent_shape)
         self.times, self.sigmas = np.asarray(schedule.times), np.asarray(schedule.sigmas, np.float64)[:-1]
 
-    def predict(self, trainable, frozen, x, time, cond):
+    def predict(self, params, x, time, cond):
         step = jnp.abs(time[:, None] - self.times).argmin(1)
         column = (-1, *(1,) * len(self.latent_shape))
         sigma = jnp.asarray(self.sigmas, jnp.float32)[step].reshape(column)
@@ -25,15 +39,15 @@ class GaussianPolicy:
         return oracle.gaussian_output(self.prediction, x, sigma, alpha, cond["mean"], cond["std"])
 
 
-class MLPPolicy:
-    """A two-layer network on [x, time features, cond["text"]]; its layers are split as a model's."""
+class MLPPipeline(Toy):
+    """A two-layer network on [x, time features, cond["text"]]; its parameter names match the sharding rules."""
 
-    latent_shape = (2, 2, 3)
     text, hidden = 5, 32
+    latent_shape = (2, 2, 3)
     sharding = sharding.row_parallel("fc2")
 
     def __init__(self, kernel="dance", prediction="velocity", eta=0.3):
-        self.kernel, self.prediction, self.eta = kernel, prediction, eta
+        super().__init__(kernel, prediction, eta, self.latent_shape)
 
     def init(self, seed=0, dtype=np.float32):
         """(trainable, frozen): host arrays."""
@@ -42,22 +56,27 @@ class MLPPolicy:
         shapes = {"fc1.kernel": (size + 3 + self.text, self.hidden), "fc1.bias": (self.hidden,),
                   "fc2.kernel": (self.hidden, size), "fc2.bias": (size,)}
         trainable = {name: (rng.standard_normal(shape) / shape[0]**0.5).astype(dtype) for name, shape in shapes.items()}
-        return trainable, {"scale": np.asarray(0.9, dtype)}
+        return {"net": trainable}, {"net": {"scale": np.asarray(0.9, dtype)}}
 
     def cond(self, prompts, seed=0):
-        return {"text": np.random.default_rng(seed).standard_normal((prompts, self.text), dtype=np.float32)}
+        return Cond({"text": np.random.default_rng(seed).standard_normal((prompts, self.text), dtype=np.float32)})
 
-    def predict(self, trainable, frozen, x, time, cond):
+    def predict(self, params, x, time, cond):
         xp = np if isinstance(x, np.ndarray) else jnp
         t = time[:, None] / 1000
         inputs = xp.concatenate([x.reshape(len(x), -1), t, xp.sin(9 * t), xp.cos(9 * t), cond["text"]], axis=1)
-        hidden = xp.tanh(inputs @ trainable["fc1.kernel"] + trainable["fc1.bias"])
-        return (frozen["scale"] * (hidden @ trainable["fc2.kernel"] + trainable["fc2.bias"])).reshape(x.shape)
+        hidden = xp.tanh(inputs @ params["fc1.kernel"] + params["fc1.bias"])
+        return (params["scale"] * (hidden @ params["fc2.kernel"] + params["fc2.bias"])).reshape(x.shape)
 
 
-# One policy, one size of rollout and the same meshes for all tests, so that they compile once.
+def joined(trainable, frozen):
+    """All parameters of the toy's network."""
+    return trainable["net"] | frozen["net"]
+
+
+# One pipeline, one size of rollout and the same meshes for all tests, so that they compile once.
 PROMPTS, GROUP, STEPS = 4, 4, 6
-POLICY = MLPPolicy()
+TOY = MLPPipeline()
 SCHEDULE = sde.flow_schedule(STEPS, 3.0)
 MESHES = [None, (8, 1), (2, 4)]  # (data, fsdp); None: one device
 
@@ -67,7 +86,7 @@ def on_mesh(shape):
     return jax.set_mesh(sharding.make_mesh(*shape)) if shape else contextlib.nullcontext()
 
 
-def placed(policy, mesh):
+def placed(toy, mesh):
     """(trainable, frozen), on the mesh if there is one."""
-    params = policy.init()
-    return sharding.place_params(params, sharding.make_mesh(*mesh), policy.sharding) if mesh else params
+    params = toy.init()
+    return sharding.place_params(params, sharding.make_mesh(*mesh), toy.sharding) if mesh else params

@@ -113,7 +113,7 @@ class Algorithm:
         raise NotImplementedError
 
     def rescored(self, context: Context, weights, pairs, samples):
-        """The pairs [M, ...] with the log-probabilities that these weights give (`rescore`), and the largest change of a ratio."""
+        """The pairs [M, ...] with the log-probabilities that these weights give, and the largest change of a ratio by it."""
         raise NotImplementedError
 
     def loss(self, context: Context, weights, pairs, samples, key) -> tuple[jax.Array, dict[str, jax.Array]]:

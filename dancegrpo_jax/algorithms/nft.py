@@ -26,8 +26,8 @@ class DiffusionNFT(Algorithm):
     levels: int = option(4, at_least(1), "noise levels of the sampler's grid that each sample is trained at")
     beta: float = option(1.0, POSITIVE, "distance of the two implicit policies from the old one; 0.1 for several rewards")
     kl_beta: float = option(1e-4, at_least(0), "weight of the squared distance from the base model's prediction")
-    old: str = option("early", one_of("early", "late"), "how the copy that samples follows: early = keeps min(0.001 i, 0.5) of itself "
-                      "after iteration i, late = nothing until iteration 75, then min(0.0075 (i - 75), 0.999)")
+    old: str = option("early", one_of("early", "late"), "how the copy that samples follows: early = keeps min(0.001 i, 0.5) of "
+                      "itself after iteration i, late = nothing until iteration 75, then min(0.0075 (i - 75), 0.999)")
 
     keeps_trajectory: ClassVar[bool] = False
     copies: ClassVar[tuple[str, ...]] = ("old",)
@@ -43,8 +43,8 @@ class DiffusionNFT(Algorithm):
 
     def check(self, steps, group, where):
         if self.levels > usable(steps):
-            raise ConfigError(f"config.{where}.levels={self.levels}: a sampler of {steps} steps has {usable(steps)} levels to train at; "
-                              "lower it or raise config.sampler.steps")
+            raise ConfigError(f"config.{where}.levels={self.levels}: a sampler of {steps} steps has {usable(steps)} levels to "
+                              "train at; lower it or raise config.sampler.steps")
 
     def plan(self, schedule, iteration):
         return sde.deterministic(schedule)

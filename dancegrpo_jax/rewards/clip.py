@@ -25,11 +25,11 @@ from safetensors import safe_open
 
 from dancegrpo_jax.data import PACKAGE
 from dancegrpo_jax.models.encoders.clip import IMAGE_MEAN, IMAGE_STD, CLIPModel, cosine
+from dancegrpo_jax.models.encoders.open_clip import ARCHITECTURES, is_open_clip, to_transformers
 from dancegrpo_jax.models.files.convert import CheckpointError, Folder, abstract_model, from_torch, stored_in
 from dancegrpo_jax.models.files.hub import find_in_hub
-from dancegrpo_jax.models.layers import merge, split
-from dancegrpo_jax.models.encoders.open_clip import ARCHITECTURES, is_open_clip, to_transformers
 from dancegrpo_jax.models.files.torch_file import read_torch
+from dancegrpo_jax.models.layers import merge, split
 from dancegrpo_jax.rewards.base import DeviceReward
 
 RESIZE = ("crop", "pad", "squash")
@@ -88,7 +88,7 @@ def load_clip(path: Path, architecture: str | None):
         path = files[0]
     if path.suffix == ".safetensors":
         file = safe_open(path, framework="numpy")
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
     else:
         tensors = read_torch(path)
     if architecture not in ARCHITECTURES:

@@ -8,8 +8,8 @@ from flax import nnx
 
 from dancegrpo_jax.models.encoders.blip import Blip, BlipConfig
 from dancegrpo_jax.models.files.convert import from_torch, stored_in
-from dancegrpo_jax.models.layers import merge, split
 from dancegrpo_jax.models.files.torch_file import read_torch
+from dancegrpo_jax.models.layers import merge, split
 from dancegrpo_jax.rewards.base import DeviceReward
 from dancegrpo_jax.rewards.clip import abstract_head, find, fold_head, preprocess, split_head
 

@@ -11,12 +11,13 @@ import pytest
 
 pytest.importorskip("diffusers")
 
-from dancegrpo_jax import trainer  # noqa: E402
-from dancegrpo_jax.evaluate import load_run  # noqa: E402
-from dancegrpo_jax.metrics import read_metrics  # noqa: E402
-from dancegrpo_jax.pipelines.base import make_policy  # noqa: E402
-from launch import export, precompute, sample, train  # noqa: E402
-from tests.released import respell, write_flux, write_sd  # noqa: E402
+from dancegrpo_jax.evaluate import load_run
+
+from dancegrpo_jax import trainer
+from dancegrpo_jax.metrics import read_metrics
+from dancegrpo_jax.pipelines.base import make_policy
+from launch import export, precompute, sample, train
+from tests.released import respell, write_flux, write_sd
 
 sys.path.append(str(Path(__file__).parents[1] / "parity"))
 OPTIMISED = True

@@ -19,7 +19,7 @@ from dancegrpo_jax.rewards.clip import preprocess
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from against_torch import assert_close, perturb, rms  # noqa: E402
+from against_torch import assert_close, perturb, rms
 
 CONFIG = BlipConfig(vision_width=24, vision_layers=3, vision_heads=2, image_size=32, patch_size=8, text_width=20, text_layers=2,
                     text_heads=4, vocab_size=60, max_positions=48)

@@ -11,14 +11,14 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from dancegrpo_jax.models.files import convert
 from dancegrpo_jax.models.encoders.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, cosine
+from dancegrpo_jax.models.files import convert
 from dancegrpo_jax.models.layers import merge, split
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from against_torch import (  # noqa: E402
+from against_torch import (
     assert_close,
     assert_low_precision_close,
     assert_released_size,

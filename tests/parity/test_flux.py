@@ -6,21 +6,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dancegrpo_jax.models.files import convert
 from dancegrpo_jax.models.denoisers.flux import FluxTransformer2DModel, pack, unpack
+from dancegrpo_jax.models.files import convert
 from dancegrpo_jax.models.layers import merge, split
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from against_torch import (  # noqa: E402 (needs torch)
+from against_torch import (
     assert_close,
     assert_gradients_close,
     assert_low_precision_close,
     assert_released_size,
     assert_round_trip,
     perturb,
-    rms,
 )
 
 BATCH, TEXT, GRID = 2, 5, (3, 4)
@@ -45,7 +44,7 @@ def pair(request, tmp_path_factory):
 
 def inputs(guided):
     rng = np.random.default_rng(1)
-    normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
+    normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
     return dict(hidden_states=normal(BATCH, GRID[0] * GRID[1], CONFIG["in_channels"]),
                 encoder_hidden_states=normal(BATCH, TEXT, CONFIG["joint_attention_dim"]),
                 pooled_projections=normal(BATCH, CONFIG["pooled_projection_dim"]),

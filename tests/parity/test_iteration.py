@@ -5,11 +5,11 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-import against_torch  # noqa: E402, F401 (mends the sinusoids of the oracle)
+import against_torch  # noqa: F401 (mends the sinusoids of the oracle)
 
-from benchmarks.against_torch import Ours, Theirs, prove_equal  # noqa: E402
-from dancegrpo_jax.config import load_file, override  # noqa: E402
-from tests.pipelines import write_pipeline  # noqa: E402
+from benchmarks.against_torch import Ours, Theirs, prove_equal
+from dancegrpo_jax.config import load_file, override
+from tests.pipelines import write_pipeline
 
 
 def test_one_iteration(tmp_path):

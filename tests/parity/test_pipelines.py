@@ -12,14 +12,14 @@ from safetensors.numpy import load_file
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from against_torch import assert_close  # noqa: E402
+from against_torch import assert_close
+from dancegrpo_jax.evaluate import decode, encode
 
-from dancegrpo_jax.evaluate import decode, encode  # noqa: E402
-from dancegrpo_jax.pipelines.base import make_policy  # noqa: E402
-from dancegrpo_jax.models.files.convert import CheckpointError, Folder, save_params  # noqa: E402
-from dancegrpo_jax.rollout import sample  # noqa: E402
-from dancegrpo_jax.sde import deterministic  # noqa: E402
-from tests.released import T5_LENGTH, respell, write_flux, write_sd  # noqa: E402
+from dancegrpo_jax.models.files.convert import CheckpointError, Folder, save_params
+from dancegrpo_jax.pipelines.base import make_policy
+from dancegrpo_jax.rollout import sample
+from dancegrpo_jax.sde import deterministic
+from tests.released import T5_LENGTH, respell, write_flux, write_sd
 
 HEIGHT, WIDTH = 24, 40
 PROMPTS = ["a red circle", "two blue squares above the green star and a yellow triangle"]

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dancegrpo_jax.models.encoders.t5 import T5Config, T5EncoderModel, relative_buckets
 from dancegrpo_jax.models.files import convert
 from dancegrpo_jax.models.layers import merge, split
-from dancegrpo_jax.models.encoders.t5 import T5Config, T5EncoderModel, relative_buckets
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from against_torch import (  # noqa: E402
+from against_torch import (
     assert_close,
     assert_low_precision_close,
     assert_released_size,

@@ -6,16 +6,24 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dancegrpo_jax.models.denoisers.unet import UNet2DConditionModel
 from dancegrpo_jax.models.files import convert
 from dancegrpo_jax.models.layers import merge, split
-from dancegrpo_jax.models.denoisers.unet import UNet2DConditionModel
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from against_torch import (assert_close, assert_gradients_close, assert_low_precision_close,  # noqa: E402
-                           assert_released_size, assert_round_trip, assert_same_epsilons, from_torch, perturb,
-                           to_torch)
+from against_torch import (
+    assert_close,
+    assert_gradients_close,
+    assert_low_precision_close,
+    assert_released_size,
+    assert_round_trip,
+    assert_same_epsilons,
+    from_torch,
+    perturb,
+    to_torch,
+)
 
 CONFIG = dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
               up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), block_out_channels=(12, 24), norm_num_groups=4,
@@ -41,7 +49,7 @@ def case(request, tmp_path_factory):
 
 def inputs():
     rng = np.random.default_rng(1)
-    normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
+    normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
     return (normal(2, 6, 4, 4), np.array([937, 112], np.float32), normal(2, 5, 10)), normal(2, 6, 4, 4)
 
 

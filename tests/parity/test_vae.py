@@ -7,16 +7,24 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from dancegrpo_jax.models.codecs.autoencoder_kl import AutoencoderKL
 from dancegrpo_jax.models.files import convert
 from dancegrpo_jax.models.layers import merge, split
-from dancegrpo_jax.models.codecs.autoencoder_kl import AutoencoderKL
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from against_torch import (assert_close, assert_gradients_close, assert_low_precision_close,  # noqa: E402
-                           assert_released_size, assert_round_trip, assert_same_epsilons, from_torch, perturb,
-                           to_torch)
+from against_torch import (
+    assert_close,
+    assert_gradients_close,
+    assert_low_precision_close,
+    assert_released_size,
+    assert_round_trip,
+    assert_same_epsilons,
+    from_torch,
+    perturb,
+    to_torch,
+)
 
 CONFIG = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
               block_out_channels=(8, 12), norm_num_groups=4)
@@ -41,7 +49,7 @@ def pair(request, tmp_path_factory):
 
 def inputs(reference):
     rng = np.random.default_rng(1)
-    normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
+    normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
     channels = reference.config.latent_channels
     images, latents = np.clip(normal(2, 8, 12, 3), -1, 1), normal(2, 4, 6, channels)
     return images, latents, (normal(2, 4, 6, channels), normal(2, 4, 6, channels), normal(2, 8, 12, 3))

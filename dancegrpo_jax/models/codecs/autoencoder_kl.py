@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dancegrpo_jax.models.conv_blocks import Downsample, ResnetBlock, Upsample
 from dancegrpo_jax.models.attention import attention, split_heads
+from dancegrpo_jax.models.conv_blocks import Downsample, ResnetBlock, Upsample
 from dancegrpo_jax.models.layers import Conv, GroupNorm, Linear
 from dancegrpo_jax.sharding import row_parallel
 

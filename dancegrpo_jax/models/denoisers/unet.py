@@ -11,10 +11,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dancegrpo_jax.models.conv_blocks import Downsample, ResnetBlock, Upsample
 from dancegrpo_jax.models.attention import attention, split_heads
-from dancegrpo_jax.models.layers import (Conv, FeedForward, GroupNorm, LayerNorm, Linear, Stack, TimestepEmbedding, merge,
-                                         rematerialise, split, timestep_embedding)
+from dancegrpo_jax.models.conv_blocks import Downsample, ResnetBlock, Upsample
+from dancegrpo_jax.models.layers import (
+    Conv,
+    FeedForward,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    Stack,
+    TimestepEmbedding,
+    merge,
+    rematerialise,
+    split,
+    timestep_embedding,
+)
 from dancegrpo_jax.sharding import row_parallel
 
 TRANSFORMER_NORM_EPS = 1e-6  # the GroupNorm before a spatial transformer; `norm_eps` is that of every other GroupNorm

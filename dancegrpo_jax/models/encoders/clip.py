@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dancegrpo_jax.models.files.convert import TRANSFORMERS_METADATA, parse_config
 from dancegrpo_jax.models.attention import attention, split_heads
+from dancegrpo_jax.models.files.convert import TRANSFORMERS_METADATA, parse_config
 from dancegrpo_jax.models.layers import (
     ACTIVATIONS,
     Conv,

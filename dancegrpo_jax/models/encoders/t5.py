@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dancegrpo_jax.models.files.convert import TRANSFORMERS_METADATA
 from dancegrpo_jax.models.attention import attention, split_heads
+from dancegrpo_jax.models.files.convert import TRANSFORMERS_METADATA
 from dancegrpo_jax.models.layers import Embedding, Linear, RMSNorm, Stack, gelu_tanh
 from dancegrpo_jax.sharding import constrain_batch, row_parallel
 

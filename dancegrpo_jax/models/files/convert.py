@@ -241,7 +241,7 @@ class Folder(Mapping):
                 self._files[shard] = safe_open(self.path / shard, framework="numpy")
             except Exception as error:
                 raise CheckpointError(f"{self.path / shard}: cannot be read ({error}); copy the file again") from error
-            for key in self._files[shard].keys():  # noqa: SIM118 (not a dict)
+            for key in self._files[shard].keys():
                 self._where[key] = shard
 
     def __getitem__(self, key):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dancegrpo_jax import grpo
+from dancegrpo_jax.algorithms import advantages, trajectory
+from dancegrpo_jax.registry import COMBINE
 
 
 def numpy_advantages(rewards, ok):
@@ -25,27 +26,27 @@ def test_group_advantages_equal_numpy():
     rewards = (0.28 + 0.01 * rng.standard_normal((16, 12))).astype(np.float32)  # the scale of HPS-v2
     ok = rng.random((16, 12)) < 0.7
     ok[0], ok[1] = True, False
-    found = grpo.group_advantages(rewards, ok)
+    found = advantages.group_advantages(rewards, ok)
     assert found.shape == (16, 12) and found.dtype == jnp.float32
     np.testing.assert_allclose(found, numpy_advantages(rewards, ok), atol=2e-5)
     np.testing.assert_array_equal(np.asarray(found)[~ok], 0)
-    np.testing.assert_allclose(grpo.group_advantages(np.float32([[1, 2, 3]]), np.ones((1, 3), bool)), [[-1, 0, 1]])
+    np.testing.assert_allclose(advantages.group_advantages(np.float32([[1, 2, 3]]), np.ones((1, 3), bool)), [[-1, 0, 1]])
 
 
 def test_zero_variance_groups_get_exactly_zero():
     """0.28 twelve times has a float32 mean unlike 0.28: dividing by a tiny std would amplify that to order one."""
     rewards = np.tile(np.float32([[0.28], [1 / 3], [1e4 / 3], [0.0]]), (1, 12))
     ok = np.ones((4, 12), bool)
-    np.testing.assert_array_equal(grpo.group_advantages(rewards, ok), 0)
+    np.testing.assert_array_equal(advantages.group_advantages(rewards, ok), 0)
     rewards[:, 0], ok[:, 0] = 7, False  # a failed reward that differs does not count
-    np.testing.assert_array_equal(grpo.group_advantages(rewards, ok), 0)
+    np.testing.assert_array_equal(advantages.group_advantages(rewards, ok), 0)
 
 
 def test_groups_with_fewer_than_two_valid_samples_get_zero():
     rewards = np.float32([[1, 2, 3], [1, 2, 3], [1, 7, 3]])
     ok = np.array([[False, True, False], [False, False, False], [True, False, True]])
     expected = [[0, 0, 0], [0, 0, 0], [-0.5**0.5, 0, 0.5**0.5]]
-    np.testing.assert_allclose(grpo.group_advantages(rewards, ok), expected, rtol=1e-6)
+    np.testing.assert_allclose(advantages.group_advantages(rewards, ok), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("failed", [np.nan, np.inf, -1e30])
@@ -53,10 +54,10 @@ def test_the_value_of_a_failed_reward_does_not_matter(failed):
     rewards, ok = np.random.default_rng(0).random((3, 5), dtype=np.float32), np.ones((3, 5), bool)
     ok[0, 1] = ok[2, :4] = False
     broken = np.where(ok, rewards, np.float32(failed))
-    np.testing.assert_array_equal(grpo.group_advantages(broken, ok), grpo.group_advantages(rewards, ok))
-    for how in grpo.COMBINE:
-        found = grpo.combine_advantages({"a": (broken, ok)}, {"a": 1.0}, how)
-        np.testing.assert_array_equal(found, grpo.combine_advantages({"a": (rewards, ok)}, {"a": 1.0}, how))
+    np.testing.assert_array_equal(advantages.group_advantages(broken, ok), advantages.group_advantages(rewards, ok))
+    for how in COMBINE:
+        found = advantages.combine_advantages({"a": (broken, ok)}, {"a": 1.0}, how)
+        np.testing.assert_array_equal(found, advantages.combine_advantages({"a": (rewards, ok)}, {"a": 1.0}, how))
 
 
 # ------------------------------------------------------------------------------------------------ several rewards
@@ -68,21 +69,21 @@ def test_combine_by_hand():
     """Within each group, both rewards normalise to (-1, 0, 1) up to sign; a is constant in the second group."""
     weights = {"a": 2.0, "b": 0.5}
     summed = np.array([[-1.5, 0, 1.5], [-0.5, 0, 0.5]])
-    np.testing.assert_allclose(grpo.combine_advantages(TWO, weights, "advantages"), summed, atol=1e-6)
-    np.testing.assert_allclose(grpo.combine_advantages(TWO, weights), summed, atol=1e-6)  # the default
+    np.testing.assert_allclose(advantages.combine_advantages(TWO, weights, "advantages"), summed, atol=1e-6)
+    np.testing.assert_allclose(advantages.combine_advantages(TWO, weights), summed, atol=1e-6)  # the default
     # 2 a + b / 2 = (17, 14, 11), (15, 20, 25)
-    np.testing.assert_allclose(grpo.combine_advantages(TWO, weights, "rewards"), [[1, 0, -1], [-1, 0, 1]], atol=1e-6)
-    np.testing.assert_allclose(grpo.combine_advantages(TWO, weights, "gdpo"), summed / (5 / 6)**0.5, atol=1e-6)
+    np.testing.assert_allclose(advantages.combine_advantages(TWO, weights, "rewards"), [[1, 0, -1], [-1, 0, 1]], atol=1e-6)
+    np.testing.assert_allclose(advantages.combine_advantages(TWO, weights, "gdpo"), summed / (5 / 6)**0.5, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", grpo.COMBINE)
+@pytest.mark.parametrize("how", COMBINE)
 def test_combine_is_exactly_zero_where_nothing_can_be_learnt(how):
     """Failed samples and constant groups get no gradient beside groups that do."""
     rng = np.random.default_rng(0)
     rewards = rng.random((4, 8), dtype=np.float32)
     ok = rng.random((4, 8)) < 0.8
     rewards[1], ok[2] = 0.28, False
-    found = np.asarray(grpo.combine_advantages({"a": (rewards, ok)}, {"a": 1.3}, how))
+    found = np.asarray(advantages.combine_advantages({"a": (rewards, ok)}, {"a": 1.3}, how))
     np.testing.assert_array_equal(found[1:3], 0)
     np.testing.assert_array_equal(found[~ok], 0)
     assert np.abs(found[0][ok[0]]).min() > 0
@@ -92,12 +93,12 @@ def test_combine_ignores_scales_where_it_says_so():
     scaled = TWO | {"b": (1000 * TWO["b"][0] - 7, ALL)}
     weights = {"a": 1.0, "b": 0.3}
     for how in ("advantages", "gdpo"):
-        np.testing.assert_allclose(grpo.combine_advantages(scaled, weights, how),
-                                   grpo.combine_advantages(TWO, weights, how), atol=1e-5)
-    found = [grpo.combine_advantages(rewards, weights, "rewards")[0] for rewards in (TWO, scaled)]
+        np.testing.assert_allclose(advantages.combine_advantages(scaled, weights, how),
+                                   advantages.combine_advantages(TWO, weights, how), atol=1e-5)
+    found = [advantages.combine_advantages(rewards, weights, "rewards")[0] for rewards in (TWO, scaled)]
     assert np.sign(found[0][0]) == np.sign(found[1][0]) == 1
     weights = {"a": 1.0, "b": 0.05}  # a + b / 20 grows along the first group, a + 50 b falls
-    found = [grpo.combine_advantages(rewards, weights, "rewards")[0] for rewards in (TWO, scaled)]
+    found = [advantages.combine_advantages(rewards, weights, "rewards")[0] for rewards in (TWO, scaled)]
     assert np.sign(found[0][0]) == -1 and np.sign(found[1][0]) == 1
 
 
@@ -106,11 +107,11 @@ def test_combine_masks_each_reward_by_itself():
     ok = np.array([[True, True, False], [True, True, True]])
     rewards = TWO | {"a": (TWO["a"][0], ok)}
     half = 0.5**0.5
-    np.testing.assert_allclose(grpo.combine_advantages(rewards, {"a": 1.0, "b": 1.0}),
+    np.testing.assert_allclose(advantages.combine_advantages(rewards, {"a": 1.0, "b": 1.0}),
                                [[-half + 1, half, -1], [-1, 0, 1]], atol=1e-6)
-    np.testing.assert_allclose(grpo.combine_advantages(rewards, {"a": 1.0, "b": 1.0}, "rewards"),
+    np.testing.assert_allclose(advantages.combine_advantages(rewards, {"a": 1.0, "b": 1.0}, "rewards"),
                                [[half, -half, 0], [-1, 0, 1]], atol=1e-6)
-    np.testing.assert_allclose(grpo.combine_advantages(rewards, {"a": 0.0, "b": 1.0}, "rewards"),
+    np.testing.assert_allclose(advantages.combine_advantages(rewards, {"a": 0.0, "b": 1.0}, "rewards"),
                                [[1, 0, -1], [-1, 0, 1]], atol=1e-6)  # weight 0: only logged
 
 
@@ -119,7 +120,7 @@ def test_combine_masks_each_reward_by_itself():
 def test_best_of_takes_the_extremes_of_each_prompt(k):
     advantage = np.random.default_rng(0).standard_normal((5, 8), dtype=np.float32)
     advantage[1] += 100  # ranked within the prompt, not the batch
-    found = np.asarray(grpo.best_of(advantage, k))
+    found = np.asarray(advantages.best_of(advantage, k))
     for row, chosen in zip(advantage, found, strict=True):
         ranked = sorted(range(8), key=lambda i: row[i])
         assert chosen.tolist() == sorted(ranked[:k // 2] + ranked[-k // 2:])
@@ -127,7 +128,7 @@ def test_best_of_takes_the_extremes_of_each_prompt(k):
 
 def test_choose_timesteps_is_a_uniform_choice_of_eligible_steps():
     eligible, batch, k = np.array([True, False, True, True, True, False, True, False]), 4000, 3
-    found = np.asarray(grpo.choose_timesteps(jax.random.key(0), batch, eligible, k))
+    found = np.asarray(trajectory.choose_timesteps(jax.random.key(0), batch, eligible, k))
     assert found.shape == (batch, k) and found.dtype == np.int32
     assert (np.diff(found, axis=1) > 0).all()  # ascending, so distinct
     steps = np.flatnonzero(eligible)
@@ -136,8 +137,8 @@ def test_choose_timesteps_is_a_uniform_choice_of_eligible_steps():
         counts[tuple(row)] += 1  # KeyError: an ineligible step
     p = 1 / len(counts)
     np.testing.assert_allclose(list(counts.values()), batch * p, rtol=0, atol=5 * (batch * p * (1 - p))**0.5)
-    assert not np.array_equal(found, grpo.choose_timesteps(jax.random.key(1), batch, eligible, k))
-    np.testing.assert_array_equal(grpo.choose_timesteps(jax.random.key(0), 3, eligible, 5), np.tile(steps, (3, 1)))
+    assert not np.array_equal(found, trajectory.choose_timesteps(jax.random.key(1), batch, eligible, k))
+    np.testing.assert_array_equal(trajectory.choose_timesteps(jax.random.key(0), 3, eligible, 5), np.tile(steps, (3, 1)))
 
 
 # ------------------------------------------------------------------------------------------------ the objective
@@ -153,7 +154,7 @@ def pairs():
 
 def test_clipped_objective_equals_numpy():
     log_prob, old, advantage, ratio = pairs()
-    loss, found = grpo.clipped_objective(log_prob, old, advantage, 0.1)
+    loss, found = trajectory.clipped_objective(log_prob, old, advantage, 0.1)
     np.testing.assert_allclose(found, ratio, rtol=1e-6)
     expected = np.maximum(-advantage * ratio, -advantage * np.clip(ratio, 0.9, 1.1))
     np.testing.assert_allclose(loss, expected, rtol=2e-6, atol=1e-9)
@@ -161,7 +162,7 @@ def test_clipped_objective_equals_numpy():
 
 def test_clipped_objective_gradient_vanishes_where_clipped_only():
     log_prob, old, advantage, ratio = pairs()
-    found = np.asarray(jax.grad(lambda x: grpo.clipped_objective(x, old, advantage, 0.1)[0].sum())(log_prob))
+    found = np.asarray(jax.grad(lambda x: trajectory.clipped_objective(x, old, advantage, 0.1)[0].sum())(log_prob))
     clipped = ((advantage > 0) & (ratio > 1.1)) | ((advantage < 0) & (ratio < 0.9))
     assert clipped.sum() == 4
     np.testing.assert_array_equal(found[clipped], 0)
@@ -171,14 +172,14 @@ def test_clipped_objective_gradient_vanishes_where_clipped_only():
 def test_on_policy_gradient_is_the_policy_gradient():
     """At ratio exactly 1 both branches of the maximum tie; the gradient is still -A, also with the clip range 1e-4."""
     advantage = jnp.array([2.0, -0.5, 0.0])
-    found = jax.grad(lambda x: grpo.clipped_objective(x, jnp.zeros(3), advantage, 1e-4)[0].sum())(jnp.zeros(3))
+    found = jax.grad(lambda x: trajectory.clipped_objective(x, jnp.zeros(3), advantage, 1e-4)[0].sum())(jnp.zeros(3))
     np.testing.assert_array_equal(found, -advantage)
 
 
 # ------------------------------------------------------------------------------------------------ diagnostics
 def test_ratio_diagnostics():
     _, _, advantage, ratio = pairs()
-    found = grpo.ratio_diagnostics(jnp.float32(ratio), advantage, 0.1)
+    found = trajectory.ratio_diagnostics(jnp.float32(ratio), advantage, 0.1)
     expected = {"ratio/mean": ratio.mean(), "ratio/min": 0.5, "ratio/max": 2.0, "clip_fraction/low": 2 / 21,
                 "clip_fraction/high": 2 / 21, "approx_kl": (ratio - 1 - np.log(ratio)).mean()}
     assert found.keys() == expected.keys()
@@ -192,7 +193,7 @@ def test_reward_diagnostics():
     ok[0], values[0] = True, 0.5  # constant
     ok[1] = False  # all failed
     values[~ok] = np.nan
-    found = grpo.reward_diagnostics({"hps": (values, ok), "clip": (TWO["a"][0], ALL)})
+    found = advantages.reward_diagnostics({"hps": (values, ok), "clip": (TWO["a"][0], ALL)})
     valid = values[ok].astype(np.float64)
     expected = {"mean": valid.mean(), "std": valid.std(), "p10": np.percentile(valid, 10),
                 "p90": np.percentile(valid, 90), "valid_ratio": ok.mean(), "zero_std_ratio": 0.5}
