@@ -23,6 +23,7 @@ def make_config(folder, run, steps, algorithm):
     config.model.lora.targets = (r".*attn.*\.to_(q|k|v|out\.0)",)
     config.data.prompts_per_step, config.data.group_size, config.data.chunks = 4, 4, 2
     config.algorithm = {algorithm: options}
+    config.sampler.shared_noise = algorithm != "nft"
     config.optim.microbatch, config.optim.schedule, config.optim.learning_rate = 8, "constant", 1e-3
     config.rewards = {"color": {}, "jpeg": {"weight": 0.5}}
     config.evals = {"eval": {"rows": "dancegrpo_jax/worlds/prompts/heldout.txt", "count": 4, "batch": 4}}
