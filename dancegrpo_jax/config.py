@@ -254,6 +254,9 @@ def validate(config: ConfigDict, devices: int | None = None) -> None:
     _check_rewards("rewards", flat["rewards"])
     algorithm = algorithm_of(config)
     algorithm.check(config.sampler.steps, config.data.group_size, f"algorithm.{next(iter(config.algorithm))}")
+    if config.sampler.shared_noise and not algorithm.noisy_rollouts:
+        fail("sampler.shared_noise", True, f"rollouts of {next(iter(config.algorithm))} are deterministic, so that all samples "
+             "of a prompt would be the same picture; set --config.sampler.shared_noise=false")
     evaluators_of(config)
     if not any(weight for options in flat["rewards"].values() for weight in _weights(options)):
         fail("rewards", flat["rewards"], "at least one weight must differ from 0")

@@ -125,12 +125,12 @@ def test_examples_per_sample(write):
     assert count() == 6
     assert count("algorithm.grpo.window=4") == 2
     assert count("algorithm.grpo.timestep_fraction=0.01") == 1
-    assert count('algorithm={"nft": {"levels": 3}}') == 3
+    assert count('algorithm={"nft": {"levels": 3}}', "sampler.shared_noise=false") == 3
 
 
 WRONG = [  # (override, words the message must have)
     ("optim.microbatc=2", ["config.optim.microbatc", "config.optim.microbatch?"]),
-    ("grpo.microbatch=2", ["config.grpo.microbatch", "config.optim.microbatch?"]),  # where it was in version 0.2
+    ("grpo.microbatch=2", ["config.grpo.microbatch", "config.optim.microbatch?"]),  # where it was in version 0.1
     ("learning_rate=2", ["config.learning_rate", "config.optim.learning_rate?"]),
     ("algorithm.grpo.windows=2", ["config.algorithm.grpo.windows", "did you mean 'window'?"]),
     ("sampler.stepps=2", ["did you mean config.sampler.steps?"]),
@@ -143,6 +143,7 @@ WRONG = [  # (override, words the message must have)
     ("algorithm.grpo.type=nowhere:Mine", ["config.algorithm='nowhere:Mine'", "cannot be imported"]),
     ("algorithm.grpo.clip_range=wide", ["config.algorithm.grpo.clip_range='wide'", "a number"]),
     ("algorithm.grpo.clip_range=0", ["config.algorithm.grpo.clip_range=0", "> 0"]),
+    ("algorithm=nft", ["config.sampler.shared_noise=True", "the same picture", "shared_noise=false"]),
     ("algorithm={'nft': {'levels': 11}}", ["config.algorithm.nft.levels=11", "10 levels"]),
     ("steps=ten", ["config.steps='ten'", "an integer"]),
     ("steps=1.5", ["config.steps='1.5'", "an integer"]),

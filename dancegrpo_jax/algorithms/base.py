@@ -62,6 +62,7 @@ class Algorithm:
 
     smallest_group: ClassVar[int] = 2  # samples of a prompt, so that advantages mean something
     keeps_trajectory: ClassVar[bool] = True  # or only the final samples
+    noisy_rollouts: ClassVar[bool] = True  # or an ODE's, where only the initial noise tells samples apart
     copies: ClassVar[tuple[str, ...]] = ()  # slow copies of the trained weights, kept and saved with the run
     behaviour: ClassVar[str | None] = None  # the copy that samples the rollouts; None: the trained weights
     rescore: ClassVar[str] = "never"  # whose log-probabilities are the old ones: `trajectory.TrajectoryAlgorithm`

@@ -21,7 +21,10 @@ SMALLEST = 1e-5  # of the weights that make the losses of all noise levels alike
 
 @dataclass(frozen=True)
 class DiffusionNFT(Algorithm):
-    """`advantage_clip` is the method's A_max. It trains guidance away: sample and train with guidance_scale 1."""
+    """`advantage_clip` is the method's A_max. It trains guidance away: sample and train with guidance_scale 1.
+
+    Rollouts are an ODE's, so samples must differ in their initial noise: sampler.shared_noise=false.
+    """
 
     levels: int = option(4, at_least(1), "noise levels of the sampler's grid that each sample is trained at")
     beta: float = option(1.0, POSITIVE, "distance of the two implicit policies from the old one; 0.1 for several rewards")
@@ -30,6 +33,7 @@ class DiffusionNFT(Algorithm):
                       "itself after iteration i, late = nothing until iteration 75, then min(0.0075 (i - 75), 0.999)")
 
     keeps_trajectory: ClassVar[bool] = False
+    noisy_rollouts: ClassVar[bool] = False
     copies: ClassVar[tuple[str, ...]] = ("old",)
     behaviour: ClassVar[str | None] = "old"
     headline: ClassVar[tuple[str, ...]] = ("loss", "grad_norm", "kl_base")

@@ -22,6 +22,10 @@ class Evaluator:
     every: int = option(0, at_least(0), "iterations between two evaluations; 0 = only at the start and the end")
     rewards: dict = option({}, ANY, "as config.rewards; {} = the training rewards, whose networks are shared either way")
 
+    def due(self, step: int) -> bool:
+        """Whether it is its turn after iteration `step`, between the start and the end."""
+        return bool(self.every) and step % self.every == 0
+
     def run(self, batches: Iterator[tuple[list[Row], Media, int]], rewards) -> dict[str, float]:
         """Numbers by name.
 

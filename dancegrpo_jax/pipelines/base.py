@@ -163,9 +163,9 @@ class Pipeline:
         own = [row.fields.get("negative_prompt") for row in rows]
         return [self.negative_prompt if text is None else str(text) for text in own] if any(own) else [self.negative_prompt]
 
-    def abstract_inputs(self, rows: int) -> dict:
+    def abstract_inputs(self, rows: Sequence[Row]) -> dict:
         """Shapes and dtypes of `inputs`, without tokenizers."""
-        counts = {"positive": rows} | ({"negative": 1} if self.guidance_scale != 1 else {})
+        counts = {"positive": len(rows)} | ({"negative": len(self.negatives(rows))} if self.guidance_scale != 1 else {})
         return {part: {name: jax.ShapeDtypeStruct((count, length), np.int32) for name, length in self.lengths.items()}
                 for part, count in counts.items()}
 
