@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dancegrpo_jax import iteration, rollout, trainer
+from dancegrpo_jax import evaluate, iteration, rollout
 from launch.train import main
 from tests.pipelines import write_pipeline
 
@@ -29,7 +29,7 @@ def run(pipeline, tmp_path, monkeypatch, capsys):
     def forbidden(*args, **kwargs):
         raise AssertionError("compute was spent")
 
-    for module, name in ((trainer, "generate"), (iteration, "rollout"), (iteration, "update"), (rollout, "sample")):
+    for module, name in ((evaluate, "generate"), (iteration, "rollout"), (iteration, "update"), (rollout, "sample")):
         monkeypatch.setattr(module, name, forbidden)
     shutil.copytree(pipeline, tmp_path / "model")
     (tmp_path / "empty.txt").write_text("\n\n")
