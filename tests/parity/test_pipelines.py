@@ -34,7 +34,7 @@ def saved(request, tmp_path_factory):
 
 
 def load(folder, name="", mesh=None, **options):
-    pipeline = make_pipeline(folder, name, **{"height": HEIGHT, "width": WIDTH} | options)
+    pipeline = make_pipeline(folder, name, **{"height": HEIGHT, "width": WIDTH, "embedded_guidance": 3.5} | options)
     return pipeline, *pipeline.load(mesh=mesh)
 
 
