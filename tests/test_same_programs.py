@@ -13,11 +13,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from dancegrpo_jax import config as c
-from dancegrpo_jax import iteration, sharding
+from dancegrpo_jax import embeddings, iteration, rollout, sharding
 from dancegrpo_jax.aot import phases
 from dancegrpo_jax.learner import Learner
 from dancegrpo_jax.pipelines.base import Pipeline
-from dancegrpo_jax.session import Session
+from dancegrpo_jax.session import Session, configured_pipeline
 from tests.pipelines import write_pipeline
 
 PROMPTS = [f"a number {i}" for i in range(11)]
@@ -162,3 +162,28 @@ def test_the_check_compiles_what_a_run_dispatches(paradigm, changes, files, monk
     assert {phase.name: phase.calls for phase in run.phases} == {name: count for name, count in calls.items()
                                                                 if name.split()[0] in phases.PHASES
                                                                 and not name.startswith("join ")}
+
+
+def test_embeddings_as_from_a_file(files):
+    """Conditioning from an embedding set: bfloat16, placed as a run places it; the check has no text encoders then."""
+    config = tiny(files, "diffusion", model__guidance_scale=3.0)
+    mesh = sharding.make_mesh(**config.mesh)
+    with jax.set_mesh(mesh):
+        pipeline = configured_pipeline(config)
+        frozen = pipeline.load_text(mesh)
+
+        def embed(prompts):
+            return rollout.encode(pipeline, frozen, {"positive": pipeline.tokenize(prompts)}, jax.random.key(0)).positive
+        source = embeddings.fingerprint(pipeline)
+        assert list(embeddings.write(files / "embedded", PROMPTS, embed, source))
+        config.data.embeddings = str(files / "embedded")
+        found = []
+        for abstract in (True, False):
+            session = Session(config, mesh, abstract=abstract)
+            session.load()
+            cond = session.condition(session.rows[0], session.key(0), rollout.run)
+            found.append(described("", rollout.run, (cond,), {}, session.frozen))
+            session.close()
+    assert found[0] == found[1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(cond)} == {np.dtype(jax.numpy.bfloat16)}
+    assert "text_encoder" not in session.frozen

@@ -144,9 +144,9 @@ def _iteration_text(run: dict) -> list[str]:
              f"{run['samples_per_second']:.2f} samples/s",
              f"{run['iterations']} iterations: {run['hours']:.2f} h, {run['chip_hours']:.0f} chip-hours"]
     if "expected_seconds_without_rescore" in run:
-        lines.append(f"rescore=auto: {run['expected_seconds']:.1f} s with the phase rescore, as above and in the first "
-                     f"iteration; {run['expected_seconds_without_rescore']:.1f} s ({run['hours_without_rescore']:.2f} h) once that has "
-                     "shown that rollout and update round alike")
+        short, hours = run["expected_seconds_without_rescore"], run["hours_without_rescore"]
+        lines.append(f"rescore=auto: {run['expected_seconds']:.1f} s with the phase rescore, as in the first iteration; "
+                     f"{short:.1f} s ({hours:.2f} h) once that has shown that rollout and update round alike")
     return lines
 
 
