@@ -56,6 +56,8 @@ class Key(NamedTuple):
 
 
 _AXIS = Rule(lambda value: value == -1 or value >= 1, ">= 1, or -1 for the rest of the devices")
+_KERNELS = (*registry.FLOW_KERNELS, *registry.DIFFUSION_KERNELS)
+_KERNEL = Rule(lambda value: ":" in value or value in _KERNELS, f"one of {', '.join(map(repr, _KERNELS))}, or an import path")
 _ONE = Rule(lambda value: len(value) == 1, "a dict of one entry, {name: {options}}")
 _PIPELINE = Rule(lambda value: not value or value in registry.PIPELINES or ":" in value,
                  f"empty, one of {', '.join(registry.PIPELINES)}, or 'package.module:Class'")
@@ -84,9 +86,8 @@ KEYS: dict[str, Key] = {
     "model.lora.alpha": Key(0.0, at_least(0), "adapters are scaled by alpha / rank; 0 = 2 * rank"),
     "model.lora.targets": Key((r".*attn.*\.to_(q|k|v|out\.0)",), ANY, "regexes of layer names that get adapters"),
 
-    "sampler.kernel": Key("ddim", one_of(*registry.FLOW_KERNELS, *registry.DIFFUSION_KERNELS),
-                          f"transition: {', '.join(registry.FLOW_KERNELS)} (rectified flow) or "
-                          f"{', '.join(registry.DIFFUSION_KERNELS)} (diffusion)"),
+    "sampler.kernel": Key("ddim", _KERNEL, f"transition: {', '.join(registry.FLOW_KERNELS)} (rectified flow) or "
+                          f"{', '.join(registry.DIFFUSION_KERNELS)} (diffusion); your own: package.module:function"),
     "sampler.eta": Key(1.0, POSITIVE, "strength of the sampling noise; 0.3 for dance, 0.7 for flow, 1.0 for ddim"),
     "sampler.steps": Key(50, between(2, 1000), "denoising steps of the rollout (T)"),
     "sampler.shift": Key(1.0, at_least(0), "of the rectified-flow schedule towards noise; 3 for FLUX; 0 = as the "

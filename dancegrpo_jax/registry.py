@@ -5,12 +5,20 @@ import importlib
 from dancegrpo_jax.options import ConfigError, nearest
 
 # By the `_class_name` of model_index.json.
-PIPELINES = {"FluxPipeline": "dancegrpo_jax.pipelines.flux:Flux",
-             "StableDiffusionPipeline": "dancegrpo_jax.pipelines.stable_diffusion:StableDiffusion"}
-ALGORITHMS = {"grpo": "dancegrpo_jax.algorithms.grpo:GRPO",
-              "ddpo": "dancegrpo_jax.algorithms.ddpo:DDPO",
-              "nft": "dancegrpo_jax.algorithms.nft:DiffusionNFT"}
-EVALUATORS = {"heldout": "dancegrpo_jax.evaluators.heldout:HeldOut"}
+PIPELINES = {
+    "FluxPipeline": "dancegrpo_jax.pipelines.flux:Flux",
+    "StableDiffusionPipeline": "dancegrpo_jax.pipelines.stable_diffusion:StableDiffusion",
+}
+
+ALGORITHMS = {
+    "ddpo": "dancegrpo_jax.algorithms.ddpo:DDPO",
+    "grpo": "dancegrpo_jax.algorithms.grpo:GRPO",
+    "nft": "dancegrpo_jax.algorithms.nft:DiffusionNFT",
+}
+
+EVALUATORS = {
+    "heldout": "dancegrpo_jax.evaluators.heldout:HeldOut",
+}
 
 REWARDS = {
     "aesthetic": "dancegrpo_jax.rewards.clip:Aesthetic",
@@ -30,8 +38,18 @@ REWARDS = {
     "verifier": "dancegrpo_jax.rewards.world:Verifier",
 }
 
-FLOW_KERNELS = ("dance", "flow", "cps")
-DIFFUSION_KERNELS = ("ddim", "sde")
+# Transition kernels, by paradigm.
+FLOW_KERNELS = {
+    "dance": "dancegrpo_jax.sde:dance",
+    "flow": "dancegrpo_jax.sde:flow",
+    "cps": "dancegrpo_jax.sde:cps",
+}
+
+DIFFUSION_KERNELS = {
+    "ddim": "dancegrpo_jax.sde:ddim",
+    "sde": "dancegrpo_jax.sde:sde",
+}
+
 TIME_ROUNDING = ("exact", "int", "bf16_ref")
 PREDICTIONS = ("velocity", "epsilon", "v_prediction", "sample")
 COMBINE = ("advantages", "rewards", "gdpo")

@@ -1,4 +1,4 @@
-"""The diffusion: noise schedules and one transition kernel p(x_next | x), shared by sampling and by scoring.
+"""The diffusion: noise schedules and transition kernels p(x_next | x), shared by sampling and by scoring.
 
 Both paradigms are written with one noise level `sigma`, the coefficient of the noise in
 `x = alpha(sigma) x0 + sigma eps`:
@@ -13,10 +13,11 @@ arithmetic is float32.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dancegrpo_jax.registry import DIFFUSION_KERNELS, FLOW_KERNELS, PREDICTIONS
+from dancegrpo_jax.registry import DIFFUSION_KERNELS, FLOW_KERNELS, PREDICTIONS, resolve
 
 # A level above this is pure noise; no float has to equal another for that. The first level of a flow schedule is 1 (give or
 # take roundings of 6e-8), any second one at most 1 - 1 / (shift steps): 1000 steps with a shift of 20 leave 50 times the
@@ -38,7 +39,8 @@ class Schedule(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A transition kernel (`transition`) and its noise strength. Static; the default serves where no step is stochastic."""
+    """A transition kernel, by name or import path, and its noise strength. Static; the default serves where no step is
+    stochastic."""
 
     name: str = "dance"
     eta: float = 0.0
@@ -134,20 +136,78 @@ def denoise(prediction: str, output, x, sigma):
     raise ValueError(f"prediction {prediction!r} is not one of {PREDICTIONS}")
 
 
+class Step(NamedTuple):
+    """What a transition kernel is given: x [B, ...] fp32, what the network makes of it, and noise levels [B, 1, ...].
+
+    ode: where the deterministic step goes, alpha_next x0 + sigma_next eps.
+    """
+
+    x: jax.Array
+    x0: jax.Array
+    eps: jax.Array
+    alpha: jax.Array
+    alpha_next: jax.Array
+    sigma: jax.Array
+    sigma_next: jax.Array
+    ode: jax.Array
+
+    @property
+    def dt(self):
+        """sigma_next - sigma, negative."""
+        return self.sigma_next - self.sigma
+
+    @property
+    def gain(self):
+        """alpha_next^2 - alpha^2 of diffusion, without the cancellation of the difference."""
+        return -self.dt * (self.sigma + self.sigma_next)
+
+
+# A kernel is a function (eta, step) -> (mean, std) of a stochastic step. Those of rectified flow follow
+# dz = (v - g^2/2 score) dt + g dw, where score = -eps / sigma.
+
+
+def dance(eta: float, step: Step):
+    """g = eta (DanceGRPO eq. 7; 0.3 for FLUX)."""
+    return _euler(eta**2, step)
+
+
+def flow(eta: float, step: Step):
+    """g = eta sqrt(sigma / (1 - sigma)), at sigma = 1 with the next level under the root (Flow-GRPO; 0.7)."""
+    return _euler(eta**2 * step.sigma / (1 - jnp.where(step.sigma > PURE_NOISE, step.sigma_next, step.sigma)), step)
+
+
+def _euler(g2, step: Step):
+    return step.ode + 0.5 * g2 * step.dt * step.eps / step.sigma, jnp.sqrt(g2 * -step.dt)
+
+
+def cps(eta: float, step: Step):
+    """std = sigma_next sin(eta pi/2), the noise level is kept exactly (coefficient-preserving sampling)."""
+    return _keep_level(step.sigma_next * np.float32(np.sin(0.5 * np.pi * eta)), step)
+
+
+def ddim(eta: float, step: Step):
+    """Diffusion: DDIM with eta (Song et al. 2021, eq. 16; 1.0 for Stable Diffusion)."""
+    return _keep_level(eta * step.sigma_next / step.sigma * jnp.sqrt(step.gain) / step.alpha_next, step)
+
+
+def _keep_level(std, step: Step):
+    return step.alpha_next * step.x0 + jnp.sqrt(jnp.maximum(jnp.square(step.sigma_next) - jnp.square(std), 0)) * step.eps, std
+
+
+def sde(eta: float, step: Step):
+    """Diffusion: dz = (f z - (1 + eta^2)/2 g^2 score) dt + eta g dw (DanceGRPO eq. 6), one Euler step in log alpha."""
+    h = 0.5 * jnp.log1p(step.gain / jnp.square(step.alpha))  # integral of f dt = log(alpha_next / alpha); here g^2 |dt| = 2 h
+    return step.x + h * step.x - (1 + eta**2) * h * step.eps / step.sigma, eta * jnp.sqrt(2 * h)
+
+
 def transition(kernel: str, prediction: str, eta: float, output, x, sigma, sigma_next, stochastic):
     """Mean and standard deviation of the Gaussian p(x_next | x), given the network's output.
 
-    Kernels for rectified flow (dt = sigma_next - sigma < 0, dz = (v - g^2/2 score) dt + g dw):
-      dance  g = eta (DanceGRPO eq. 7; 0.3 for FLUX)
-      flow   g = eta sqrt(sigma / (1 - sigma)), at sigma = 1 with the next level under the root (Flow-GRPO; 0.7)
-      cps    std = sigma_next sin(eta pi/2), the noise level is kept exactly (coefficient-preserving sampling)
-    Kernels for diffusion:
-      ddim   DDIM with eta (Song et al. 2021, eq. 16; 1.0 for Stable Diffusion)
-      sde    dz = (f z - (1 + eta^2)/2 g^2 score) dt + eta g dw (DanceGRPO eq. 6), one Euler step in log alpha
     Where `stochastic` is False the step is the ODE's, with std 0.
 
     Args:
-      eta: noise strength, as above.
+      kernel: of `registry.FLOW_KERNELS` or `DIFFUSION_KERNELS`, or an import path "package.module:function".
+      eta: noise strength, as the kernel takes it.
       output, x: [B, ...] fp32.
       sigma, sigma_next, stochastic: scalars or [B].
     Returns: (mean [B, ...], std [B, 1, ...]), fp32.
@@ -156,32 +216,13 @@ def transition(kernel: str, prediction: str, eta: float, output, x, sigma, sigma
         value = jnp.asarray(value)
         return jnp.broadcast_to(value, x.shape[:1]).reshape(-1, *(1,) * (x.ndim - 1))
 
+    function = resolve(FLOW_KERNELS | DIFFUSION_KERNELS, kernel, "sampler.kernel")
     output, x = output.astype(jnp.float32), x.astype(jnp.float32)
     sigma, sigma_next, stochastic = column(sigma), column(sigma_next), column(stochastic)
     x0, eps = denoise(prediction, output, x, sigma)
     a, a_next = alpha(prediction, sigma), alpha(prediction, sigma_next)
     ode = a_next * x0 + sigma_next * eps
-    dt = sigma_next - sigma
-    gain = -dt * (sigma + sigma_next)  # a_next^2 - a^2 of diffusion, without the cancellation of the difference
-
-    if kernel in ("dance", "flow"):
-        g2 = eta**2
-        if kernel == "flow":
-            g2 = g2 * sigma / (1 - jnp.where(sigma > PURE_NOISE, sigma_next, sigma))
-        std = jnp.sqrt(g2 * -dt)
-        mean = ode + 0.5 * g2 * dt * eps / sigma
-    elif kernel in ("cps", "ddim"):
-        if kernel == "cps":
-            std = sigma_next * np.float32(np.sin(0.5 * np.pi * eta))
-        else:
-            std = eta * sigma_next / sigma * jnp.sqrt(gain) / a_next
-        mean = a_next * x0 + jnp.sqrt(jnp.maximum(jnp.square(sigma_next) - jnp.square(std), 0)) * eps
-    elif kernel == "sde":
-        h = 0.5 * jnp.log1p(gain / jnp.square(a))  # integral of f dt = log(a_next / a); here g^2 |dt| = 2 h
-        std = eta * jnp.sqrt(2 * h)
-        mean = x + h * x - (1 + eta**2) * h * eps / sigma
-    else:
-        raise ValueError(f"kernel {kernel!r} is not one of {FLOW_KERNELS + DIFFUSION_KERNELS}")
+    mean, std = function(eta, Step(x, x0, eps, a, a_next, sigma, sigma_next, ode))
     return jnp.where(stochastic, mean, ode), jnp.where(stochastic, std, 0.0)
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dancegrpo_jax import sharding
+from dancegrpo_jax import registry, sharding
 from dancegrpo_jax.algorithms.base import Algorithm
 from dancegrpo_jax.checkpoint import Checkpointer
 from dancegrpo_jax.config import algorithm_of, evaluators_of, run_config
@@ -224,7 +224,10 @@ def with_negatives(rows: list[Row], pipeline: Pipeline) -> list[Row]:
 
 
 def configured_pipeline(config) -> Pipeline:
-    """The pipeline that a run's config describes. Raises: ConfigError if the kernel does not suit it."""
+    """The pipeline that a run's config describes.
+
+    Raises: ConfigError if a registered kernel does not suit it, or one of your own cannot be imported.
+    """
     model, lora = config.model, config.model.lora
     settings = ("height", "width", "dtype", "remat", "guidance_scale", "embedded_guidance", "negative_prompt", "text_length",
                 "decode_batch", "decode_tile")
@@ -232,7 +235,9 @@ def configured_pipeline(config) -> Pipeline:
         model.folder, model.pipeline, **{name: model[name] for name in settings}, time_rounding=config.sampler.time_rounding,
         parts=model.parts.to_dict(),
         lora={"rank": lora.rank, "alpha": lora.alpha or 2 * lora.rank, "targets": lora.targets} if lora.rank else None)
-    if config.sampler.kernel not in pipeline.kernels:
+    if ":" in config.sampler.kernel:
+        registry.resolve({}, config.sampler.kernel, "sampler.kernel")
+    elif config.sampler.kernel not in pipeline.kernels:
         raise ConfigError(f"config.sampler.kernel={config.sampler.kernel!r}: a {type(pipeline).__name__} takes "
                           f"{' or '.join(pipeline.kernels)}")
     return pipeline

@@ -1,4 +1,4 @@
-"""Trains an image model: `python launch/train.py --config=configs/shapes_flow.py [--config.a.b=value ...]`.
+"""Trains a base model: `python launch/train.py --config=configs/shapes_flow.py [--config.a.b=value ...]`.
 
 Running the same command again resumes from the newest checkpoint. Ctrl-C or SIGTERM saves and exits.
 

@@ -212,7 +212,7 @@ ENTRY %main (a: f32[4,8]) -> f32[4,8] {
   %done = f32[32,8]{1,0} all-gather-done(%start)
   ROOT %swap = f32[4,8]{1,0} collective-permute(%a), source_target_pairs={{3,5},{5,3}}
 }
-"""
+"""  # noqa: E501 (as libtpu writes it)
 
 
 def test_tpu_text():
@@ -221,7 +221,8 @@ def test_tpu_text():
     assert set(traffic.collectives) == {
         hlo.Collective("all-gather", 64 * 32 * 2, (0, 2, 4, 6), 9),
         hlo.Collective("reduce-scatter", 64 * 32 * 2, (0, 1, 2, 3), 9),
-        hlo.Collective("all-gather", 32 * 8 * 4, tuple(range(8)), 1), hlo.Collective("collective-permute", 4 * 8 * 4, (3, 5), 1)}
+        hlo.Collective("all-gather", 32 * 8 * 4, tuple(range(8)), 1),
+        hlo.Collective("collective-permute", 4 * 8 * 4, (3, 5), 1)}
     weights = 16 * 32 * 2  # a layer's slice is read and written, then read by the kernel, which writes on chip
     assert traffic.hbm_bytes == 9 * (weights + 4 + weights + weights)
 

@@ -1,1 +1,1 @@
-"""Base models as flax.nnx modules, the Policy contract, and conversion from and to safetensors folders."""
+"""Networks as flax.nnx modules, and conversion from and to safetensors folders."""

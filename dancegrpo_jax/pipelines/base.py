@@ -9,7 +9,7 @@ Shapes: P rows, B samples, F frames (a picture has one), H W pixels.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ class Pipeline:
 
     Attributes:
       prediction: what the denoiser predicts (`registry.PREDICTIONS`).
-      kernels: the transition kernels that suit it.
+      kernels: names of the registered transition kernels that suit it.
       latent_shape: of one sample, channels last: (h, w, C), or (f, h, w, C) of a clip.
       multiple: height and width must be multiples of this many pixels.
       fps: frames a second of what `decode` gives; 0 for pictures.
@@ -69,7 +69,7 @@ class Pipeline:
     """
 
     prediction: str
-    kernels: tuple[str, ...]
+    kernels: Collection[str]
     defaults: Defaults
     fps = 0.0
 
