@@ -7,6 +7,7 @@ the config can be overridden as for launch/train.py: `--config.model.lora.rank=0
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -17,69 +18,59 @@ PHASES = ("rollout", "decode", "reward", "update")
 
 
 class Ours:
-    """The iteration of `trainer.py` without its logging and checkpoints."""
+    """The iteration that training runs, on one device, without its logging and checkpoints."""
 
     def __init__(self, config):
         import jax
         import numpy as np
-        from dancegrpo_jax.update import Objective, make_optimizer
 
-        from dancegrpo_jax import data
-        from dancegrpo_jax.pipelines.base import configured_policy, lora_settings
-        from dancegrpo_jax.rewards.base import RewardSet
-        from dancegrpo_jax.sde import window
+        from dancegrpo_jax import sharding
+        from dancegrpo_jax.options import ConfigError
+        from dancegrpo_jax.session import Session
 
-        self.config, self.policy = config, configured_policy(config)
-        trainable, self.frozen = self.policy.load(lora_settings(config), config.seed)
-        schedule = self.policy.schedule(config.sampler.steps, config.sampler.shift)
-        self.schedule = window(schedule, 0, config.sampler.window) if config.sampler.window else schedule
-        self.rewards = RewardSet(config.rewards.to_dict())
-        prompts = data.read_prompts(config.data.train)
-        self.prompts = (prompts * config.data.prompts_per_step)[:config.data.prompts_per_step]
-        self.objective = Objective(config.grpo.clip_range, 0.0, config.optim.ema_decay, on_policy=True)
-        if lora_settings(config):  # fresh adapters are zero: move them, so that the comparison sees both matrices
+        if (config.optim.updates_per_rollout, config.data.chunks) != (1, 1) or "grpo" not in config.algorithm:
+            raise ConfigError("only GRPO with config.data.chunks=1 and config.optim.updates_per_rollout=1 can be compared")
+        self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        self.session = session = Session(config, self.mesh)
+        self.config, self.rows = config, session.rows[0]
+        (self.part,) = session.pipeline.named("denoiser")
+        with jax.set_mesh(self.mesh):
+            self.plan = session.replicated(session.algorithm.plan(session.schedule, 0))
+            trainable = jax.device_get(session.load().trainable)
+        if session.pipeline.lora_scale:  # fresh adapters are zero: move them, so that the comparison sees both matrices
             rng = np.random.default_rng(5)
-            trainable = {name: leaf + 0.02 * rng.standard_normal(leaf.shape, np.float32)
-                         for name, leaf in jax.device_get(trainable).items()}
-        self.start(make_optimizer(config.optim, config.steps), trainable)
+            trainable = jax.tree.map(lambda leaf: leaf + 0.02 * rng.standard_normal(leaf.shape, np.float32), trainable)
+        self.start(session.learner.tx, trainable)
 
     def start(self, tx, trainable):
         import jax
-        from dancegrpo_jax.update import init_state
 
-        trainable = jax.device_put(trainable, jax.devices()[0])  # where updates leave it: nothing compiles twice
-        ema = bool(self.config.optim.ema_decay)
-        self.tx, self.state = tx, init_state(trainable, tx=tx, with_ema=ema, rules=self.policy.sharding)
+        from dancegrpo_jax.learner import init_state
 
-    def iteration(self, key, lap, score=None) -> dict:
-        """Calls `lap(phase, arrays)` after each phase; `score(images, prompts)` replaces the rewards."""
+        session = self.session
+        session.learner = dataclasses.replace(session.learner, tx=tx)
+        memory = session.algorithm.memory(len(self.rows), session.weights)
+        with jax.set_mesh(self.mesh):
+            self.state = init_state(session.learner, session.replicated(trainable), session.replicated(memory))
+
+    def iteration(self, key, timer, scores=None) -> dict:
+        """What was collected, the examples made of it, and the scalars; `scores` replace the rewards' for learning."""
         import jax
-        from dancegrpo_jax.evaluate import decode, encode
-        from dancegrpo_jax.update import make_examples, update
 
-        from dancegrpo_jax.config import trained_steps
-        from dancegrpo_jax.rollout import rollout
-        from dancegrpo_jax.trainer import select
+        from dancegrpo_jax.iteration import collect, learn
 
-        config, policy = self.config, self.policy
-        cond = encode(policy, self.frozen, policy.tokenize(self.prompts))
-        trajectory = rollout(policy, self.state.trainable, self.frozen, cond, key, self.schedule,
-                             group_size=config.data.group_size, shared_noise=config.sampler.shared_noise)
-        lap("rollout", trajectory)
-        images = decode(policy, self.frozen, trajectory.latents[-1])
-        images = images.reshape(len(self.prompts), config.data.group_size, *images.shape[1:])
-        lap("decode", images)
-        scores = score(images) if score else self.rewards.submit(images, self.prompts).result()
-        lap("reward", None)
-        advantage, chosen, time_index, _ = select(
-            jax.random.fold_in(key, 1), scores, self.schedule.stochastic, weights=tuple(self.rewards.weights.items()),
-            combine=config.combine, clip=config.grpo.advantage_clip, k=config.data.group_size, steps=trained_steps(config))
-        examples = make_examples(trajectory, self.schedule, cond, advantage, chosen, time_index, updates=1,
-                                 microbatch=config.grpo.microbatch)
-        self.state, metrics = update(policy, self.tx, self.objective, self.state, self.frozen, {}, examples, 0)
-        lap("update", self.state.trainable)
-        return {"trajectory": trajectory, "images": images, "scores": scores, "advantage": advantage, "metrics": metrics,
-                "time_index": time_index}
+        made = {}
+
+        def call(name, function, *args, **kwargs):
+            made[name] = function(*args, **kwargs)
+            return made[name]
+        with jax.set_mesh(self.mesh):
+            collected = collect(self.session, self.state, self.rows, self.plan, key, timer=timer)
+            if scores:
+                collected = collected._replace(scores=self.session.replicated(scores))
+            self.state, scalars = learn(self.session, self.state, collected, self.plan, key, call=call, timer=timer)
+        batch, *_ = made["examples"]
+        return {"collected": collected, "batch": batch, "scalars": scalars}
 
 
 class Theirs:
@@ -90,47 +81,48 @@ class Theirs:
         import torch
 
         from benchmarks.torch_grpo import TorchGRPO
-        from dancegrpo_jax.pipelines.base import lora_settings
 
-        self.ours, config = ours, ours.config
-        optim, sampler = config.optim, config.sampler
+        self.ours, config, pipeline, algorithm = ours, ours.config, ours.session.pipeline, ours.session.algorithm
+        optim, sampler, lora = config.optim, config.sampler, config.model.lora
+        adamw = {"lr": optim.learning_rate, "betas": (optim.b1, optim.b2), "eps": optim.eps, "weight_decay": optim.weight_decay}
+        scaled = {"rank": lora.rank, "alpha": pipeline.lora_scale * lora.rank, "targets": lora.targets} if lora.rank else None
         self.loop = TorchGRPO(
-            ours.policy.folder, steps=sampler.steps, shift=sampler.shift, eta=sampler.eta, window=sampler.window,
-            lora=lora_settings(config), grad_clip=optim.grad_clip, clip_range=config.grpo.clip_range, ema_decay=optim.ema_decay,
-            optim={"lr": optim.learning_rate, "betas": (optim.b1, optim.b2), "eps": optim.eps, "weight_decay": optim.weight_decay})
+            pipeline.folder, steps=sampler.steps, shift=sampler.shift, eta=sampler.eta, window=algorithm.window, lora=scaled,
+            grad_clip=optim.grad_clip, clip_range=algorithm.clip_range, ema_decay=optim.ema_decay, optim=adamw)
         with torch.no_grad():
-            for name, value in torch_tensors(ours.state.trainable).items():
+            for name, value in torch_tensors(ours.state.trainable[ours.part]).items():
                 self.loop.trained[name].copy_(torch.from_numpy(value.copy()))
-        self.tokens = torch.from_numpy(ours.policy.tokenize(ours.prompts)["text_encoder"]).long()
-        self.shape = np.array(ours.policy.latent_shape)[[2, 0, 1]].tolist()
+        self.tokens = torch.from_numpy(pipeline.inputs(ours.rows)["positive"]["text_encoder"]).long()
+        self.shape = np.array(pipeline.latent_shape)[[2, 0, 1]].tolist()
 
-    def iteration(self, batch: int, lap, draw=None, score=None, steps=None) -> dict:
-        """As `Ours.iteration`. draw: (z, noise) in place of fresh ones; score and steps (int [B, K]) likewise."""
+    def iteration(self, batch: int, timer, draw=None, scores=None, steps=None) -> dict:
+        """As `Ours.iteration`. draw: (z, noise) in place of fresh ones; scores and steps (int [B, K]) likewise."""
         import torch
 
-        from dancegrpo_jax.config import trained_steps
+        from dancegrpo_jax.media import from_images
 
-        config, loop = self.ours.config, self.loop
-        group, total = config.data.group_size, len(self.tokens) * config.data.group_size
+        session, loop = self.ours.session, self.loop
+        pipeline, algorithm, rewards = session.pipeline, session.algorithm, session.rewards
+        group, total = session.group, len(self.tokens) * session.group
         cond = [c.repeat_interleave(group, 0) for c in loop.encode(self.tokens)]
         if draw is None:
             start = torch.randn(len(self.tokens), *self.shape).repeat_interleave(group, 0)
-            draw = start, torch.randn(config.sampler.steps, total, *self.shape)
+            draw = start, torch.randn(len(session.schedule.times), total, *self.shape)
         latents, log_probs = loop.rollout(cond, *draw, batch)
-        lap("rollout", None)
-        images = loop.decode(latents[-1], batch).reshape(len(self.tokens), group, config.model.height, config.model.width, 3)
-        lap("decode", None)
-        scores = score(images.numpy()) if score else self.ours.rewards.submit(images.numpy(), self.ours.prompts).result()
-        lap("reward", None)
-        advantage = loop.advantages([torch.tensor(scores[name][0]) for name in self.ours.rewards.weights],
-                                    self.ours.rewards.weights.values(), config.grpo.advantage_clip)
+        timer.wait("rollout", None)
+        images = loop.decode(latents[-1], batch).reshape(len(self.tokens), group, pipeline.height, pipeline.width, 3)
+        timer.wait("decode", None)
+        found = scores or rewards(from_images(images.numpy()), self.ours.rows)
+        timer.wait("reward", found)
+        advantage = loop.advantages([torch.tensor(found[name][0]) for name in rewards.weights], rewards.weights.values(),
+                                    algorithm.advantage_clip)
         if steps is None:
-            eligible = torch.nonzero(loop.noisy[:-1]).flatten()
-            steps = torch.stack([eligible[torch.randperm(len(eligible))[:trained_steps(config)]] for _ in range(total)])
+            eligible, count = torch.nonzero(loop.noisy[:-1]).flatten(), algorithm.examples_per_sample(len(loop.noisy))
+            steps = torch.stack([eligible[torch.randperm(len(eligible))[:count]] for _ in range(total)])
         loss = loop.accumulate(cond, latents, log_probs, advantage.flatten(), steps, batch)
-        gradients = {name: p.grad.clone() for name, p in loop.trained.items()} if score else None
+        gradients = {name: p.grad.clone() for name, p in loop.trained.items()} if scores else None
         loop.apply()
-        lap("update", None)
+        timer.wait("update", None)
         return {"latents": latents, "log_probs": log_probs, "images": images, "advantage": advantage, "loss": loss,
                 "gradients": gradients}
 
@@ -157,27 +149,30 @@ def prove_equal(ours: Ours, theirs: Theirs, batch: int, tolerance: float = 5e-5)
     import optax
     import torch
 
-    key, nothing = jax.random.key(7), lambda *_: None
-    config, size = ours.config, ours.policy.latent_shape
-    prompts, group = len(ours.prompts), config.data.group_size
-    key_init, key_noise = jax.random.split(key)  # as the rollout draws
+    from dancegrpo_jax.iteration import Untimed
+
+    session, key = ours.session, jax.random.key(7)
+    size, prompts, group = session.pipeline.latent_shape, len(ours.rows), session.group
+    key_init, key_noise = jax.random.split(jax.random.fold_in(key, 0))  # as the rollout of the first chunk draws
     start = np.repeat(np.asarray(jax.random.normal(key_init, (prompts, *size))), group, axis=0)
     noise = np.stack([np.asarray(jax.random.normal(jax.random.fold_in(key_noise, i), (prompts * group, *size)))
-                      for i in range(config.sampler.steps)])
+                      for i in range(len(session.schedule.times))])
     rng = np.random.default_rng(3)
     scores = {name: (rng.standard_normal((prompts, group), dtype=np.float32), np.ones((prompts, group), bool))
-              for name in ours.rewards.weights}
+              for name in session.rewards.weights}
 
-    kept = ours.tx, jax.tree.map(np.asarray, ours.state.trainable)
+    kept = session.learner.tx, jax.tree.map(np.asarray, ours.state.trainable)
     ours.start(optax.chain(optax.trace(0.0), optax.scale(0.0)), kept[1])  # the trace keeps the gradient
-    mine = ours.iteration(key, nothing, lambda images: scores)
-    gradients = torch_tensors(ours.state.opt_state[0].trace)
+    mine = ours.iteration(key, Untimed(), scores)
+    gradients = torch_tensors(ours.state.opt_state[0].trace[ours.part])
     ours.start(*kept)
+    batch_time = np.asarray(mine["batch"].pairs.time).reshape(prompts * group, -1)  # one device keeps the samples' order
+    steps = np.abs(batch_time[..., None] - session.schedule.times).argmin(-1)
     trained = {name: p.detach().clone() for name, p in theirs.loop.trained.items()}
     optimizer = theirs.loop.optimizer
     theirs.loop.optimizer = torch.optim.SGD(trained.values(), lr=0.0)
-    other = theirs.iteration(batch, nothing, [torch.from_numpy(np.moveaxis(np.asarray(a), -1, -3).copy()) for a in (start, noise)],
-                             lambda images: scores, torch.from_numpy(np.array(mine["time_index"])).long())
+    draw = [torch.from_numpy(np.moveaxis(np.asarray(a), -1, -3).copy()) for a in (start, noise)]
+    other = theirs.iteration(batch, Untimed(), draw, scores, torch.from_numpy(steps).long())
     theirs.loop.optimizer = optimizer
     for p in theirs.loop.trained.values():
         p.grad = None
@@ -190,24 +185,25 @@ def prove_equal(ours: Ours, theirs: Theirs, batch: int, tolerance: float = 5e-5)
     assert gradients.keys() == other["gradients"].keys()
     flat = [np.concatenate([np.asarray(tree[name], np.float64).ravel() for name in sorted(gradients)])
             for tree in (gradients, other["gradients"])]
+    collected = mine["collected"]
     errors = {
-        "latents": difference(np.moveaxis(mine["trajectory"].latents, -1, 2), other["latents"]),
-        "log-probabilities": difference(mine["trajectory"].log_probs, other["log_probs"]),
-        "images": difference(mine["images"], other["images"]),
-        "advantages": difference(mine["advantage"], other["advantage"]),
+        "latents": difference(np.moveaxis(collected.trajectory.latents, -1, 2), other["latents"]),
+        "log-probabilities": difference(collected.trajectory.log_probs, other["log_probs"]),
+        "images": difference(collected.shown.pixels[:, :, 0], other["images"]),
+        "advantages": difference(mine["batch"].samples["advantage"].reshape(prompts, group), other["advantage"]),
         "gradients": difference(*flat)}
     assert np.linalg.norm(flat[1]) > 0 and max(errors.values()) <= tolerance, errors
     return errors
 
 
 class Clock:
-    """Seconds of each phase, by the wall and of the processor."""
+    """A timer of an iteration: seconds of each phase, by the wall and of the processor."""
 
     def __init__(self):
         self.wall, self.cpu = dict.fromkeys(PHASES, 0.0), dict.fromkeys(PHASES, 0.0)
         self.mark = time.perf_counter(), time.process_time()
 
-    def lap(self, phase, arrays):
+    def wait(self, phase, arrays):
         import jax
 
         jax.block_until_ready(arrays)
@@ -222,7 +218,6 @@ def compare(args: argparse.Namespace, overrides: list[str]) -> None:
     cpus = [int(core) for core in args.cores.split(",")]
     os.sched_setaffinity(0, cpus)  # before the libraries count their threads
     import jax
-    import numpy as np
     import torch
 
     from dancegrpo_jax.config import load, validate
@@ -232,8 +227,8 @@ def compare(args: argparse.Namespace, overrides: list[str]) -> None:
     validate(config)
     ours = Ours(config)
     theirs = {f"PyTorch, {size} at a time": (Theirs(ours), int(size)) for size in args.batches.split(",")}
-    samples = len(ours.prompts) * config.data.group_size
-    print(f"{samples} samples of {config.sampler.steps} steps, {config.grpo.microbatch} pairs in a micro-batch, "
+    samples = len(ours.rows) * config.data.group_size
+    print(f"{samples} samples of {config.sampler.steps} steps, {config.optim.microbatch} pairs in a micro-batch, "
           f"cores {args.cores}, jax {jax.__version__}, torch {torch.__version__}", flush=True)
     for name, (loop, size) in theirs.items():
         errors = prove_equal(ours, loop, size)
@@ -242,15 +237,24 @@ def compare(args: argparse.Namespace, overrides: list[str]) -> None:
             loop.loop.model.compile(dynamic=False)
             loop.loop.vae.decoder.compile(dynamic=False)
 
-    runs = {"ours": lambda turn, lap: ours.iteration(jax.random.key(turn), lap)}
-    runs |= {name: lambda turn, lap, loop=loop, size=size: loop.iteration(size, lap) for name, (loop, size) in theirs.items()}
+    runs = {"ours": lambda turn, clock: ours.iteration(jax.random.key(turn), clock)}
+    runs |= {name: lambda turn, clock, loop=loop, size=size: loop.iteration(size, clock)
+             for name, (loop, size) in theirs.items()}
     clocks = {name: [] for name in runs}
     for turn in range(1 + args.repeats):  # the first compiles and warms up
         for name, run in runs.items():
             clock = Clock()
-            run(turn, clock.lap)
+            run(turn, clock)
             if turn:
                 clocks[name].append(clock)
+    print_times(clocks, samples)
+    print_ratios(clocks)
+
+
+def print_times(clocks: dict[str, list[Clock]], samples: int) -> None:
+    """A table of milliseconds a sample."""
+    import numpy as np
+
     print("\n| ms a sample, median (min..max) of wall time | " + " | ".join((*PHASES, "iteration", "processor time")) + " |")
     print("|---" * (len(PHASES) + 3) + "|")
 
@@ -261,6 +265,12 @@ def compare(args: argparse.Namespace, overrides: list[str]) -> None:
         cells = [cell([clock.wall[phase] for clock in many]) for phase in PHASES]
         cells += [cell([sum(getattr(clock, kind).values()) for clock in many]) for kind in ("wall", "cpu")]
         print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def print_ratios(clocks: dict[str, list[Clock]]) -> None:
+    """How much longer the others take than ours, which come first."""
+    import numpy as np
+
     for name, many in list(clocks.items())[1:]:
         for kind, what in (("wall", "wall"), ("cpu", "processor")):
             pairs = [(getattr(theirs, kind), getattr(mine, kind)) for theirs, mine in zip(many, clocks["ours"], strict=True)]

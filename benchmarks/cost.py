@@ -28,9 +28,9 @@ def measure(argv: list[str], iterations: int) -> dict[str, float]:
     config = load(argv)
     samples = config.data.prompts_per_step * config.data.group_size
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"run_dir": folder, "steps": iterations + 2, "eval.every": 0, "eval.num_prompts": 1, "eval.batch": 1,
+        settings = {"run_dir": folder, "steps": iterations + 2, "evals": "{}",
                     "checkpoint.every": iterations + 2, "log.images_every": 0, "log.prompts_in_grid": 1,
-                    "grpo.microbatch": min(config.grpo.microbatch, samples)}
+                    "optim.microbatch": min(config.optim.microbatch, samples)}
         flags = [f"--config.{key}={value}" for key, value in settings.items()]
         run = subprocess.run([sys.executable, "launch/train.py", *argv, *flags], capture_output=True, text=True,
                              cwd=Path(__file__).resolve().parents[1])
@@ -44,8 +44,7 @@ def measure(argv: list[str], iterations: int) -> dict[str, float]:
 def table(args: argparse.Namespace, overrides: list[str]) -> None:
     """Prints one row per setting, and writes them to --out as CSV."""
     os.sched_setaffinity(0, [int(core) for core in args.cores.split(",")])  # the runs inherit it
-    rewards = '--config.rewards={"jpeg": {}}', '--config.eval.rewards={"jpeg": {}}'
-    argv = [f"--config={args.config}", *rewards, *overrides]
+    argv = [f"--config={args.config}", '--config.rewards={"jpeg": {}}', *overrides]
     rows = []
     for varied, keys in VARIED.items():
         for value in getattr(args, varied).split(","):

@@ -6,8 +6,11 @@ locked `ml_collections.ConfigDict`, so a typo is an error, in the file and on th
 
 import ast
 import difflib
+import functools
 import json
 import math
+import operator
+import os
 import re
 import runpy
 import sys
@@ -56,6 +59,8 @@ _AXIS = Rule(lambda value: value == -1 or value >= 1, ">= 1, or -1 for the rest 
 _KERNELS = (*registry.FLOW_KERNELS, *registry.DIFFUSION_KERNELS)
 _KERNEL = Rule(lambda value: ":" in value or value in _KERNELS, f"one of {', '.join(map(repr, _KERNELS))}, or an import path")
 _ONE = Rule(lambda value: len(value) == 1, "a dict of one entry, {name: {options}}")
+_PIPELINE = Rule(lambda value: not value or value in registry.PIPELINES or ":" in value,
+                 f"empty, one of {', '.join(registry.PIPELINES)}, or 'package.module:Class'")
 
 KEYS: dict[str, Key] = {
     "seed": Key(0, at_least(0), "all randomness derives from it"),
@@ -63,11 +68,11 @@ KEYS: dict[str, Key] = {
     "steps": Key(100, at_least(1), "iterations; one is a rollout and its updates", True),
 
     "model.folder": Key("", NOT_EMPTY, "pipeline in the diffusers layout: a folder, or a hub id owner/name[@revision]"),
-    "model.pipeline": Key("", ANY, "kind of the pipeline; empty = as its model_index.json says. Your own: package.module:Class"),
+    "model.pipeline": Key("", _PIPELINE, "kind of the pipeline; empty = as its model_index.json says"),
     "model.parts": Key({}, ANY, "parts that come from elsewhere: {part: folder or hub id}"),
     "model.dtype": Key("float32", one_of("float32", "bfloat16"), "compute dtype of the networks; what is trained is float32"),
-    "model.remat": Key("full", one_of(*registry.REMAT), "what the backward pass recomputes: full = all (least memory, about 1/3 "
-                       "more compute), attention = all but attention, dots = all but products with weights, none", True),
+    "model.remat": Key("full", one_of(*registry.REMAT), "what the backward pass recomputes: full = all (least memory, about "
+                       "1/3 more compute), attention = all but attention, dots = all but products with weights, none", True),
     "model.height": Key(0, at_least(0), "of the images, pixels; 0 = as the model is usually sampled"),
     "model.width": Key(0, at_least(0), "of the images, pixels; 0 = as the model is usually sampled"),
     "model.guidance_scale": Key(1.0, at_least(0), "classifier-free guidance in rollout and update; 1 = off"),
@@ -87,8 +92,8 @@ KEYS: dict[str, Key] = {
     "sampler.steps": Key(50, between(2, 1000), "denoising steps of the rollout (T)"),
     "sampler.shift": Key(1.0, at_least(0), "of the rectified-flow schedule towards noise; 3 for FLUX; 0 = as the "
                          "checkpoint's scheduler says"),
-    "sampler.time_rounding": Key("exact", one_of(*registry.TIME_ROUNDING), "of the times that flow models see, as in the PyTorch "
-                                 "reference: int truncates, bf16_ref also rounds times and guidance to bfloat16"),
+    "sampler.time_rounding": Key("exact", one_of(*registry.TIME_ROUNDING), "of the times that flow models see, as in the "
+                                 "PyTorch reference: int truncates, bf16_ref also rounds times and guidance to bfloat16"),
     "sampler.shared_noise": Key(True, ANY, "all samples of a prompt start from the same noise"),
     "sampler.eval_steps": Key(50, between(1, 1000), "steps of the deterministic sampler in evaluation"),
 
@@ -100,12 +105,12 @@ KEYS: dict[str, Key] = {
     "data.chunks": Key(1, at_least(1), "pieces of a rollout, so that host rewards overlap with sampling; divides P"),
 
     "rewards": Key({}, NOT_EMPTY, 'what to maximise: {name: {"weight": w, ...options}}'),
-    "algorithm": Key({"grpo": {}}, _ONE, f"how: {{name: {{options}}}} or a name alone; {', '.join(registry.ALGORITHMS)}; your own: "
-                     '{name: {"type": "package.module:Class", options}}'),
+    "algorithm": Key({"grpo": {}}, _ONE, f"how: {{name: {{options}}}} or a name alone, {', '.join(registry.ALGORITHMS)}; "
+                     'your own: {name: {"type": "package.module:Class", ...}}'),
 
     "optim.learning_rate": Key(1e-5, POSITIVE, "of AdamW, at its highest"),
-    "optim.schedule": Key("constant", one_of(*registry.SCHEDULES), "of the learning rate after the warm-up; all but constant end "
-                          "at 0"),
+    "optim.schedule": Key("constant", one_of(*registry.SCHEDULES), "of the learning rate after the warm-up; all but constant "
+                          "end at 0"),
     "optim.b1": Key(0.9, between(0, 1, ends="[)"), "decay of the gradient average"),
     "optim.b2": Key(0.999, between(0, 1, ends="[)"), "decay of the squared-gradient average"),
     "optim.eps": Key(1e-8, POSITIVE, "of AdamW"),
@@ -116,8 +121,8 @@ KEYS: dict[str, Key] = {
     "optim.updates_per_rollout": Key(1, at_least(1), "optimizer updates in an iteration"),
     "optim.microbatch": Key(8, at_least(1), "examples in one accumulation step, e.g. (sample, timestep) pairs"),
 
-    "evals": Key({}, ANY, 'evaluations: {name: {"rows": file, "count": n, "every": iterations, "rewards": {...}}}; the one called '
-                 "eval is shown first", True),
+    "evals": Key({}, ANY, 'evaluations: {name: {"rows": file, "count": n, "every": iterations, "rewards": {...}}}; their '
+                 "numbers are logged as name/reward", True),
 
     "checkpoint.every": Key(25, at_least(1), "iterations between checkpoints", True),
     "checkpoint.keep": Key(2, at_least(1), "newest checkpoints to keep", True),
@@ -130,8 +135,8 @@ KEYS: dict[str, Key] = {
     "log.tensorboard": Key(True, ANY, "write TensorBoard events into run_dir", True),
     "log.wandb": Key("", ANY, "project name at Weights & Biases; empty = off", True),
     "log.images_every": Key(10, at_least(0), "iterations between grids of training samples; 0 = never", True),
-    "log.profile": Key(0, at_least(0), "iteration to trace into run_dir/profile, for xprof; 0 = none. The first compiles: take a "
-                       "later one", True),
+    "log.profile": Key(0, at_least(0), "iteration to trace into run_dir/profile, for xprof; 0 = none. The first compiles: take "
+                       "a later one", True),
     "log.prompts_in_grid": Key(8, at_least(1), "rows of an image grid", True),
 }
 FREE_FORM = tuple(name for name, key in KEYS.items() if isinstance(key.default, dict))
@@ -139,7 +144,10 @@ RESERVED = ("train", "time", "perf")  # what metrics begin with already
 
 
 def default() -> ConfigDict:
-    """Every key of `KEYS` with its default, locked. `model.folder`, `data` and `rewards` must still be given."""
+    """Every key of `KEYS` with its default, locked, but for the free-form ones, which take any name.
+
+    `model.folder`, `data` and `rewards` must still be given.
+    """
     nested: dict = {}
     for name, key in KEYS.items():
         *sections, last = name.split(".")
@@ -147,7 +155,11 @@ def default() -> ConfigDict:
         for section in sections:
             node = node.setdefault(section, {})
         node[last] = key.default
-    return ConfigDict(nested).lock()
+    config = ConfigDict(nested).lock()
+    for name in FREE_FORM:
+        *sections, last = name.split(".")
+        functools.reduce(operator.getitem, sections, config)[last].unlock()
+    return config
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -168,21 +180,28 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 def algorithm_of(config: ConfigDict):
     """The algorithm that a config names, its options checked. Raises: ConfigError."""
     (name, options), = config.algorithm.to_dict().items()
-    options = dict(options or {})
-    return build(registry.resolve(registry.ALGORITHMS, options.pop("type", name), "algorithm"), options, f"algorithm.{name}")
+    return _build(registry.ALGORITHMS, name, options, "algorithm", f"algorithm.{name}")
 
 
 def evaluators_of(config: ConfigDict) -> dict:
     """{name: evaluator} of `config.evals`, their options checked. Raises: ConfigError."""
     found = {}
     for name, options in config.evals.to_dict().items():
-        options = dict(options or {})
-        kind = registry.resolve(registry.EVALUATORS, options.pop("type", "heldout"), f"evals.{name}.type")
-        found[name] = build(kind, options, f"evals.{name}")
-        if name in RESERVED:
-            raise ConfigError(f"config.evals.{name}: metrics of this name exist already; choose another name")
+        found[name] = _build(registry.EVALUATORS, "heldout", options, f"evals.{name}.type", f"evals.{name}")
+        if name in RESERVED or "/" in name:
+            raise ConfigError(f"config.evals.{name}: its numbers would be mixed with other metrics; choose another name")
         _check_rewards(f"evals.{name}.rewards", found[name].rewards)
     return found
+
+
+def _build(table: dict[str, str], kind: str, options, key: str, where: str):
+    """What is registered as `kind`, or what the option `type` names, with the other options."""
+    if not isinstance(options, Mapping | None):
+        fail(where, options, "must be a dict of options")
+    options = dict(options or {})
+    kind = options.pop("type", kind)
+    check_type(f"{where}.type", kind, str)
+    return build(registry.resolve(table, kind, key), options, where)
 
 
 # ------------------------------------------------------------------------------------------ checking
@@ -236,6 +255,9 @@ def validate(config: ConfigDict, devices: int | None = None) -> None:
     _check_rewards("rewards", flat["rewards"])
     algorithm = algorithm_of(config)
     algorithm.check(config.sampler.steps, config.data.group_size, f"algorithm.{next(iter(config.algorithm))}")
+    if config.sampler.shared_noise and not algorithm.noisy_rollouts:
+        fail("sampler.shared_noise", True, f"rollouts of {next(iter(config.algorithm))} are deterministic, so that all samples "
+             "of a prompt would be the same picture; set --config.sampler.shared_noise=false")
     evaluators_of(config)
     if not any(weight for options in flat["rewards"].values() for weight in _weights(options)):
         fail("rewards", flat["rewards"], "at least one weight must differ from 0")
@@ -298,7 +320,12 @@ def _check_batch(config, algorithm, devices: int | None) -> None:
 
 
 def exit_status(command: Callable, *args) -> int:
-    """Runs a command of `launch/`: 0, or for bad input one line on stderr and 2."""
+    """Runs a command of `launch/`: 0, or for bad input one line on stderr and 2.
+
+    What is named "package.module:attribute" (rewards, pipelines, ...) may also lie in the working directory.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that no file there hides an installed module
     try:
         command(*args)
     except (ValueError, OSError, FloatingPointError) as error:  # ConfigError and CheckpointError are ValueErrors
@@ -308,6 +335,11 @@ def exit_status(command: Callable, *args) -> int:
 
 
 # ------------------------------------------------------------------------------------------ loading
+
+
+def program(name: str) -> str:
+    """How the script or installed command `name` (argv[0]) is called, for help texts."""
+    return f"python {name}" if name.endswith(".py") else Path(name).name
 
 
 def usage(program: str = "python launch/train.py") -> str:
@@ -340,40 +372,43 @@ def load(argv: Sequence[str]) -> ConfigDict:
     Raises: ConfigError for a missing or broken file, an unknown key (naming the nearest), a value of the wrong type.
     """
     path, overrides, rest = None, [], list(argv)
-    program = rest.pop(0) if rest and not rest[0].startswith("-") else "launch/train.py"
+    name = rest.pop(0) if rest and not rest[0].startswith("-") else "launch/train.py"
     while rest:
         flag = rest.pop(0)
         if flag in ("-h", "--help"):
-            print(usage(f"python {program}"))
+            print(usage(program(name)))
             raise SystemExit(0)
-        name, given, value = flag.partition("=")
-        if name != "--config" and not name.startswith("--config."):
+        key, given, value = flag.partition("=")
+        if key != "--config" and not key.startswith("--config."):
             raise ConfigError(f"{flag}: unknown argument; use --config=path.py and --config.KEY=VALUE, or --help")
         if not given:
             if not rest or rest[0].startswith("--config"):
-                raise ConfigError(f"{name}: a value is missing; write {name}=VALUE")
+                raise ConfigError(f"{key}: a value is missing; write {key}=VALUE")
             value = rest.pop(0)
-        if name == "--config":
+        if key == "--config":
             path = value
         else:
-            overrides.append((name.removeprefix("--config."), value))
+            overrides.append((key.removeprefix("--config."), value))
     if path is None:
         raise ConfigError("--config=path.py is missing; see configs/ for examples and --help for all keys")
     config = load_file(path)
-    for name, value in overrides:
-        override(config, name, value)
+    for key, value in overrides:
+        override(config, key, value)
     return config
 
 
 def load_file(path: str) -> ConfigDict:
-    """The config that `get_config()` of a Python file returns.
+    """The config that `get_config()` of a Python file returns; a relative path is also looked up beside the package.
 
     Raises: ConfigError naming the file, and the line where it failed.
     """
-    if not Path(path).is_file():
-        near = difflib.get_close_matches(Path(path).name, [file.name for file in Path(path).parent.glob("*.py")], 1)
-        hint = f"; did you mean {Path(path).parent / near[0]}?" if near else ""
+    given, beside = Path(path), Path(__file__).parents[1] / path
+    if not given.is_file() and not beside.is_file():
+        names = [file.name for each in (given, beside) for file in each.parent.glob("*.py")]
+        near = difflib.get_close_matches(given.name, names, 1)
+        hint = f"; did you mean {given.parent / near[0]}?" if near else ""
         raise ConfigError(f"--config={path}: no such file{hint}")
+    path = str(given if given.is_file() else beside)
     try:
         module = runpy.run_path(path)
         if not callable(module.get("get_config")):
@@ -464,7 +499,7 @@ def _literal(text: str, otherwise):
 def _parse(name: str, text: str, kind: type):
     if kind is str:
         return text
-    if name == "algorithm" and text in registry.ALGORITHMS:
+    if name == "algorithm" and re.fullmatch(r"\w+", text):
         return {text: {}}
     if kind is bool:
         value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower())

@@ -21,6 +21,11 @@ class Row(NamedTuple):
     fields: Mapping[str, Any]
 
 
+def find_rows(path: str) -> Path:
+    """Where the file (or TFDS folder) of a config is: a relative path is looked up beside the package if it is not here."""
+    return Path(path) if Path(path).exists() else PACKAGE.parent / path
+
+
 def read_rows(path: str) -> list[Row]:
     """Reads a file of prompts, and of what else belongs to them, in the format of its suffix.
 
@@ -30,7 +35,7 @@ def read_rows(path: str) -> list[Row]:
     stand in several rows. A relative path that does not exist in the working directory is looked up beside the package.
     Raises: ValueError naming the file (and line) if it is missing, malformed, empty or not UTF-8.
     """
-    file = Path(path) if Path(path).exists() else PACKAGE.parent / path
+    file = find_rows(path)
     try:
         found = [(prompt.strip(), fields) for prompt, fields in _read(file, path) if prompt.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -24,8 +24,8 @@ from dancegrpo_jax.session import Session
 class Collected(NamedTuple):
     """What an iteration learns from.
 
-    trajectory: of B = P * G samples. cond: of [P, ...]. scores: {reward: (values [P, G], ok [P, G])}. shown: the pictures or clips
-    of the first chunk, to look at.
+    trajectory: of B = P * G samples. cond: of [P, ...]. scores: {reward: (values [P, G], ok [P, G])}. shown: the pictures or
+    clips of the first chunk, to look at.
     """
 
     rows: list[Row]
@@ -42,7 +42,8 @@ class Untimed:
         """`phase` has been dispatched, and ends when its arrays are computed."""
 
 
-def collect(session: Session, state: TrainState, rows: list[Row], plan: Schedule, key, call: Callable = run, timer=None) -> Collected:
+def collect(session: Session, state: TrainState, rows: list[Row], plan: Schedule, key, call: Callable = run,
+            timer=None) -> Collected:
     """Samples a group for every row, decodes and scores it.
 
     Chunks are dispatched without waiting: host rewards of one are computed while the devices sample the next.
@@ -54,8 +55,9 @@ def collect(session: Session, state: TrainState, rows: list[Row], plan: Schedule
     for i in range(session.chunks):
         part, chunk_key = rows[i * size:(i + 1) * size], session.fold(key, i)
         cond = session.condition(part, chunk_key, call)
-        trajectory = call("rollout", rollout, session.pipeline, session.kernel, behaviour, session.frozen, cond, chunk_key, plan,
-                          group_size=session.group, shared_noise=session.shared_noise, keep=session.algorithm.keeps_trajectory)
+        trajectory = call("rollout", rollout, session.pipeline, session.kernel, behaviour, session.frozen, cond, chunk_key,
+                          plan, group_size=session.group, shared_noise=session.shared_noise,
+                          keep=session.algorithm.keeps_trajectory)
         pixels = call("decode", decode, session.pipeline, session.frozen, trajectory.latents, group_size=session.group)
         media.append(Media(pixels, session.pipeline.fps))
         pending.append(session.rewards.submit(media[-1], part, call))
@@ -70,8 +72,8 @@ def collect(session: Session, state: TrainState, rows: list[Row], plan: Schedule
     return Collected(rows, trajectory, cond, scores, media[0])
 
 
-def learn(session: Session, state: TrainState, collected: Collected, plan: Schedule, key, iteration: int = 0, call: Callable = run,
-          timer=None) -> tuple[TrainState, list[dict]]:
+def learn(session: Session, state: TrainState, collected: Collected, plan: Schedule, key, iteration: int = 0,
+          call: Callable = run, timer=None) -> tuple[TrainState, list[dict]]:
     """Makes examples of what was collected and updates the weights: (state, [scalars of the iteration, of each update ...]).
 
     The state's buffers are donated. The scalars are on the devices, see `summarize`.
@@ -91,7 +93,8 @@ def learn(session: Session, state: TrainState, collected: Collected, plan: Sched
                               session.fold(key, i), on_policy)
         found.append(metrics)
     if session.algorithm.copies:
-        copies = call("copies", move_copies, session.learner, state.copies, state.trainable, session.replicated(np.int32(iteration)))
+        copies = call("copies", move_copies, session.learner, state.copies, state.trainable,
+                      session.replicated(np.int32(iteration)))
         state = state._replace(copies=copies)
     timer.wait("update", state)
     return state, found

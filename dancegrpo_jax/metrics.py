@@ -179,7 +179,7 @@ class _JsonLines:
         part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(part, file)
         # A buffer would write a failed line again later.
-        self.file = open(file, "ab", buffering=0)
+        self.file = open(file, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
 
     def scalars(self, step: int, values: Mapping) -> None:
         line = json.dumps({"step": step, **values}).encode() + b"\n"
@@ -328,10 +328,7 @@ class Progress:
         parts = [f"{record[name]:.4g} {name.split('/')[2]}" for name in record
                  if name.startswith("train/reward/") and name.endswith("/mean")]
         parts = ["reward " + ", ".join(parts)] if parts else []
-        for name in self.headline:
-            value = record.get(f"train/{name}")
-            if value is not None:  # a ratio is 1 and a little
-                parts.append(f"{name}-1 {value - 1:+.1e}" if name.startswith("ratio/") else f"{name} {value:.3g}")
+        parts += _brief({name: record[f"train/{name}"] for name in self.headline if f"train/{name}" in record})
         if "perf/samples_per_second" in record:
             parts.append(f"{record['perf/samples_per_second']:.3g} samples/s")
         seconds = record.get("time/total")
@@ -349,6 +346,25 @@ class Progress:
         """Prints any other line, with the iteration in front."""
         if jax.process_index() == 0:
             print(f"[{step:>{len(str(self.total))}}/{self.total}] {text}", file=self.stream or sys.stdout, flush=True)
+
+
+TOGETHER = {  # scalars that are shorter in one
+    ("ratio/mean", "ratio/min", "ratio/max"):  # they are 1 and a little
+        lambda mean, low, high: f"ratio-1 {mean - 1:+.1e} [{low - 1:+.1e}, {high - 1:+.1e}]",
+    ("clip_fraction/low", "clip_fraction/high"): lambda low, high: f"clipped {low + high:.1%}"}
+
+
+def _brief(values: Mapping[str, float]) -> list[str]:
+    """Scalars as text, in their order."""
+    together = [names for names in TOGETHER if set(names) <= values.keys()]
+    parts = []
+    for name, value in values.items():
+        names = next((names for names in together if name in names), None)
+        if names is None:
+            parts.append(f"{name} {value:.3g}")
+        elif name == names[0]:
+            parts.append(TOGETHER[names](*(values[each] for each in names)))
+    return parts
 
 
 def _clock(seconds: float) -> str:

@@ -1,6 +1,6 @@
 """Options with a default, a rule and a help text, on the fields of frozen dataclasses: algorithms and evaluators have them.
 
-The rules are those of `config.KEYS` too. Imports nothing heavy, so that help and errors come at once.
+The rules are those of `config.KEYS` too. Imports nothing heavy, so that errors come at once.
 """
 
 import dataclasses
@@ -79,9 +79,10 @@ def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
 
 def option(default, rule: Rule, help: str):
     """A field of a frozen dataclass that is set in the config."""
+    metadata = {"rule": rule, "help": help, "default": default}
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata={"rule": rule, "help": help, "default": default})
-    return dataclasses.field(default=default, metadata={"rule": rule, "help": help, "default": default})
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Option(NamedTuple):
@@ -103,12 +104,14 @@ def build(cls: type, values: Mapping | None, where: str):
     """An instance of a dataclass with these options, each checked.
 
     Args: where: dotted place in the config, for messages, e.g. "algorithm.grpo".
-    Raises: ConfigError for an unknown option (naming the nearest), a wrong type, or a value outside of its rule.
+    Raises: ConfigError for an unknown option (naming the nearest), a missing one, a wrong type, or a value outside of its rule.
     """
     known, values = {each.name: each for each in options_of(cls)}, dict(values or {})
-    for name, value in values.items():
+    for name in values:
         if name not in known:
             raise ConfigError(f"config.{where}.{name}: unknown option{nearest(name, known)}; known: {', '.join(known)}")
-        check(f"{where}.{name}", value, *known[name][1:])
-        values[name] = type(known[name].default)(value)
+    for name, default, rule, help in known.values():  # defaults too: some must be given
+        value = values.get(name, default)
+        check(f"{where}.{name}", value, default, rule, help)
+        values[name] = type(default)(value)
     return cls(**values)

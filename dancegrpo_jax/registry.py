@@ -65,7 +65,7 @@ def resolve(table: dict[str, str], name: str, where: str):
     """
     path = table.get(name, name)
     if ":" not in path:
-        raise ConfigError(f"config.{where}={name!r}: known are {', '.join(table)} or 'package.module:attribute'"
+        raise ConfigError(f"config.{where}={name!r}: known are {', '.join(table)} or 'package.module:Class'"
                           f"{nearest(name, table)}")
     module, _, attribute = path.partition(":")
     try:

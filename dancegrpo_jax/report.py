@@ -1,11 +1,11 @@
 """The report of a run: one HTML file that needs nothing else, made from what the run left in its folder."""
 
 import base64
+import dataclasses
 import html
 import io
 import json
 import math
-import re
 from pathlib import Path
 
 import matplotlib
@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from dancegrpo_jax.config import flatten
+from dancegrpo_jax.config import RESERVED, ConfigError, algorithm_of, evaluators_of, flatten
 from dancegrpo_jax.metrics import read_metrics
 
 PHASES = ("rollout", "decode", "reward", "update")
@@ -51,27 +51,28 @@ def write_report(run_dir) -> Path:
     records = read_metrics(folder / "metrics.jsonl")
     series = _series(records)
     config, versions = _json(folder / "config.json"), _json(folder / "versions.json")
-    evaluated = sorted({name.split("/")[1] for name in series if re.fullmatch(r"eval/.+/mean", name)})
+    evaluations = _evaluations(series, config)
     rewards = sorted({name.split("/")[2] for name in series if name.startswith("train/reward/")})
 
     parts = [_head(folder, records, config, versions)]
-    if evaluated:
-        parts += ["<h2>Held-out prompts, before and after</h2>", '<div class="cards">',
-                  *(_card(name, series) for name in evaluated), "</div>"]
+    for evaluation, measured in evaluations.items():
+        parts += [f"<h2>{html.escape(evaluation)}: before and after</h2>", '<div class="cards">',
+                  *(_card(label, series, *names) for label, names in measured.items()), "</div>"]
     grids = [(name, folder / f"{name}.png") for name in ("before", "after")]
-    shown = [_figure(file.read_bytes(), f"{name}: the same held-out prompts and noise")
+    shown = [_figure(file.read_bytes(), f"{name}: the same prompts and noise")
              for name, file in grids if file.exists()]
     if shown:
         parts += ['<h2>Samples</h2><div class="plots">', *shown, "</div>"]
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                                 "grid.alpha": 0.25, "lines.linewidth": 1.3}):
-        curves = [_reward_plot(name, series) for name in sorted({*rewards, *evaluated})]
+        curves = [_reward_plot(name, series, evaluations) for name in sorted({*rewards, *(
+            label for measured in evaluations.values() for label in measured)})]
         if curves:
             parts += ['<h2>Rewards</h2><div class="plots">', *curves, "</div>"]
         diagnostics = [plot for plot in _diagnostics(series, rewards) if plot]
         if diagnostics:
             parts += ['<h2>Optimization</h2><div class="plots">', *diagnostics, "</div>"]
-    parts += _table("Configuration", flatten(ConfigDict(config))) + _table("Versions", versions)
+    parts += _table("Configuration", _settings(config)) + _table("Versions", versions)
 
     title = html.escape(folder.resolve().name)
     page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -104,6 +105,37 @@ def _series(records: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             for name, found in points.items()}
 
 
+def _evaluations(series: dict, config: dict) -> dict[str, dict[str, tuple[str, str]]]:
+    """{evaluation: {what it measures: (metric, that of its standard error)}}, in the config's order."""
+    found: dict[str, dict] = {name: {} for name in config.get("evals") or {}}
+    for name in sorted(series):
+        evaluation, given, what = name.partition("/")
+        if given and evaluation not in RESERVED and not what.endswith("/stderr"):
+            label = what.removesuffix("/mean")
+            found.setdefault(evaluation, {})[label] = name, f"{evaluation}/{label}/stderr"
+    return {evaluation: measured for evaluation, measured in found.items() if measured}
+
+
+def _settings(config: dict) -> dict:
+    """{dotted key: value}; of algorithm and evaluations every option, those with their defaults too."""
+    settings = flatten(ConfigDict(config))
+    try:
+        algorithm, evaluators = algorithm_of(ConfigDict(config)), evaluators_of(ConfigDict(config))
+    except (ConfigError, AttributeError):  # of an older version, or one's own that is not here: as it was given
+        return settings
+    name = next(iter(settings["algorithm"]))
+    places = {"algorithm": {f"algorithm.{name}": algorithm},
+              "evals": {f"evals.{name}": evaluator for name, evaluator in evaluators.items()}}
+    expanded = {}
+    for key, value in settings.items():
+        if key in places:
+            expanded |= {f"{place}.{option}": chosen for place, built in places[key].items()
+                         for option, chosen in dataclasses.asdict(built).items()}
+        else:
+            expanded[key] = value
+    return expanded
+
+
 # ------------------------------------------------------------------------------------------ parts of the page
 
 
@@ -116,16 +148,16 @@ def _head(folder: Path, records: list[dict], config: dict, versions: dict) -> st
     seconds = sum(record.get("time/total", 0.0) for record in records)
     if seconds:
         facts.append(f"{seconds / 3600:.2f} h of training" if seconds > 600 else f"{seconds:.0f} s of training")
-    if config.get("model"):
-        facts.append(str(config["model"].get("policy", "")))
+    if config.get("model") and config.get("algorithm"):
+        facts.append(f"{next(iter(config['algorithm']))} on {Path(config['model'].get('folder', '')).name}")
     if versions.get("device"):
         facts.append(f"{versions.get('devices', '1')} x {versions['device']}")
     return f"<h1>{html.escape(folder.resolve().name)}</h1>\n<p class=soft>{html.escape(' · '.join(facts))}</p>"
 
 
-def _card(name: str, series: dict) -> str:
-    steps, means = series[f"eval/{name}/mean"]
-    errors = dict(zip(*series.get(f"eval/{name}/stderr", ((), ())), strict=True))
+def _card(label: str, series: dict, metric: str, stderr: str) -> str:
+    steps, means = series[metric]
+    errors = dict(zip(*series.get(stderr, ((), ())), strict=True))
 
     def value(i):
         error = errors.get(steps[i], math.nan)
@@ -138,7 +170,7 @@ def _card(name: str, series: dict) -> str:
         sure = f", {abs(change) / spread:.1f} standard errors" if spread > 0 else ""  # False for NaN too
         body = (f"<b>{value(0)} → {value(-1)}</b><p class='{'up' if change > 0 else 'down'}'>{change:+.4g}{sure}</p>"
                 f"<p class=soft>iteration {steps[0]} → {steps[-1]}</p>")
-    return f'<div class="card">{html.escape(name)}<br>{body}</div>'
+    return f'<div class="card">{html.escape(label)}<br>{body}</div>'
 
 
 def _figure(png: bytes, caption: str) -> str:
@@ -172,7 +204,7 @@ def _plot(draw, title: str) -> str:
     return _figure(buffer.getvalue(), title)
 
 
-def _reward_plot(name: str, series: dict) -> str:
+def _reward_plot(name: str, series: dict, evaluations: dict) -> str:
     def draw(axes):
         if f"train/reward/{name}/mean" in series:
             steps, mean = series[f"train/reward/{name}/mean"]
@@ -182,17 +214,25 @@ def _reward_plot(name: str, series: dict) -> str:
                 if len(std) == len(mean):
                     axes.fill_between(steps, mean - std, mean + std, color="C0", alpha=0.15, lw=0,
                                       label="± std over samples")
-        if f"eval/{name}/mean" in series:
-            steps, mean = series[f"eval/{name}/mean"]
-            error = dict(zip(*series.get(f"eval/{name}/stderr", ((), ())), strict=True))
-            axes.errorbar(steps, mean, [error.get(step, math.nan) for step in steps], color="C1", marker="o",
-                          capsize=3, ls="--", label="held-out ± standard error")
+        for i, (evaluation, measured) in enumerate(evaluations.items(), 1):
+            if name in measured:
+                metric, stderr = measured[name]
+                steps, mean = series[metric]
+                error = dict(zip(*series.get(stderr, ((), ())), strict=True))
+                axes.errorbar(steps, mean, [error.get(step, math.nan) for step in steps], color=f"C{i}", marker="o",
+                              capsize=3, ls="--", label=f"{evaluation} ± standard error")
     return _plot(draw, f"reward {name}")
 
 
 def _diagnostics(series: dict, rewards: list[str]):
-    """The plots that tell whether the optimization is healthy; None for those without data."""
+    """The plots that tell whether the optimization is healthy; None for those without data.
+
+    What an algorithm finds besides comes last, one plot for all that is named alike.
+    """
+    drawn = {name for name in series if name.startswith(("train/reward/", "train/advantage/", "train/compiles/"))}
+
     def lines(title, names, **options):
+        drawn.update(name for name, _ in names)
         present = [(name, label) for name, label in names if name in series]
         if not present:
             return None
@@ -213,13 +253,20 @@ def _diagnostics(series: dict, rewards: list[str]):
                 [("train/clip_fraction/low", "low"), ("train/clip_fraction/high", "high")])
     yield lines("approximate KL to the rollout policy", [("train/approx_kl", "approx KL")])
     if np.any(series.get("train/kl_base", ((), np.zeros(1)))[1]):
-        yield lines("KL to the base weights", [("train/kl_base", "KL")])
+        yield lines("KL to the base weights, or what the algorithm measures in its place", [("train/kl_base", "KL")])
+    drawn.add("train/kl_base")
     yield lines("gradient norm", [("train/grad_norm", "grad norm")], log=True)
     yield lines("loss", [("train/loss", "loss")])
     yield lines("share of groups with equal rewards (no signal)",
                 [(f"train/reward/{name}/zero_std_ratio", name) for name in rewards])
     yield lines("share of valid rewards", [(f"train/reward/{name}/valid_ratio", name) for name in rewards])
     yield lines("largest absolute advantage", [("train/advantage/abs_max", "abs max")])
+    groups: dict[str, list] = {}
+    for name in sorted(name for name in series if name.startswith("train/") and name not in drawn):
+        stem, _, last = name.removeprefix("train/").rpartition("/")
+        groups.setdefault(stem or last, []).append((name, last))
+    for title, names in groups.items():
+        yield lines(title, names)
     yield _time_plot(series)
     yield lines("samples per second", [("perf/samples_per_second", "samples/s")])
 

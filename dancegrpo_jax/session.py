@@ -12,7 +12,7 @@ from dancegrpo_jax import registry, sharding
 from dancegrpo_jax.algorithms.base import Algorithm
 from dancegrpo_jax.checkpoint import Checkpointer
 from dancegrpo_jax.config import algorithm_of, evaluators_of, run_config
-from dancegrpo_jax.data import Row, read_rows, row_batches
+from dancegrpo_jax.data import Row, find_rows, read_rows, row_batches
 from dancegrpo_jax.embeddings import EmbeddingSet, fingerprint
 from dancegrpo_jax.evaluators.base import Evaluator
 from dancegrpo_jax.guidance import Cond
@@ -38,8 +38,8 @@ class Session:
     """A run's pipeline, weights, rewards, data, algorithm and placement on the mesh.
 
     Constructing it checks everything and loads the rewards; `load` streams the weights and gives the first state. With
-    `abstract` nothing is read but configs, and arrays are `jax.ShapeDtypeStruct`s: the ahead-of-time check runs the same
-    iteration with it.
+    `abstract` nothing is read but configs and, if they are here, the training rows; arrays are `jax.ShapeDtypeStruct`s: the
+    ahead-of-time check runs the same iteration with it.
 
     Attributes besides those of the constructor: pipeline, kernel, algorithm, learner, schedule (of rollouts), eval_schedule,
     rewards, evals {name: Evaluation}, frozen, reference (arrays, from `load` on), rescoring.
@@ -59,7 +59,9 @@ class Session:
         self.learner = Learner(self.pipeline, self.kernel, self.algorithm,
                                make_optimizer(config.optim, config.steps * self.updates), config.optim.ema_decay)
         if abstract:
-            rows = [Row(i, "", {}) for i in range(config.data.prompts_per_step)]
+            rows = [Row(i, str(i), {}) for i in range(config.data.prompts_per_step)]
+            if find_rows(config.data.train).exists():
+                rows = with_negatives(read_rows(config.data.train), self.pipeline)
             self.rewards, self.evals, self.embedded = RewardSet.abstract(config.rewards.to_dict(), mesh), {}, None
         else:
             rows = with_negatives(read_rows(config.data.train), self.pipeline)
@@ -68,8 +70,7 @@ class Session:
             self.embedded = self._embeddings(config, rows)
             self._warn_of_long_prompts({"data.train": rows} | {f"evals.{name}": each.rows for name, each in self.evals.items()})
         self.rows = row_batches(rows, config.data.prompts_per_step, config.seed)
-        numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
-        self._prompt_numbers = numbers if not abstract else {"": 0}
+        self._prompt_numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
         self.embeddings = bool(config.data.embeddings)
         self.frozen, self.reference, self.weights = {}, {}, tuple(self.rewards.weights.items())
         self.rescoring = Rescoring(self.algorithm.rescore, getattr(self.algorithm, "clip_range", 0.0) / 10, self.updates, mesh)
@@ -84,7 +85,8 @@ class Session:
             return None
         embedded = EmbeddingSet(config.data.embeddings, fingerprint(self.pipeline))
         for part in (rows, *(each.rows for each in self.evals.values())):
-            embedded.check([row.prompt for row in part] + (self.pipeline.negatives(part) if self.pipeline.guidance_scale != 1 else []))
+            negatives = self.pipeline.negatives(part) if self.pipeline.guidance_scale != 1 else []
+            embedded.check([row.prompt for row in part] + negatives)
         return embedded
 
     def _warn_of_long_prompts(self, sets: dict[str, list[Row]]) -> None:
@@ -109,7 +111,8 @@ class Session:
         if not self.is_abstract:
             return init_state(self.learner, trainable, self.replicated(memory))
         state = jax.eval_shape(lambda trainable: init_state(self.learner, trainable, memory), trainable)
-        return jax.tree.map(_placed, state, sharding.param_shardings(state, self.mesh, self.pipeline.sharding))
+        return jax.tree.map(_placed, state, jax.tree.map(as_returned, sharding.param_shardings(
+            state, self.mesh, self.pipeline.sharding)))
 
     def replicated(self, tree):
         """Host arrays, the same on every process, on all devices."""
@@ -126,13 +129,13 @@ class Session:
             sharding.BATCH if leaf.shape[0] % parts == 0 else None))), tree)
 
     def key(self, iteration: int):
-        """All randomness of an iteration derives from it."""
+        """All randomness of an iteration derives from it. Within a mesh (`jax.set_mesh`) jax puts it on all devices."""
         key = jax.random.fold_in(jax.random.key(self.seed), iteration)
         return self.replicated(jax.ShapeDtypeStruct(key.shape, key.dtype)) if self.is_abstract else key
 
     def fold(self, key, number: int):
         """The key of one purpose."""
-        return key if self.is_abstract else jax.random.fold_in(key, number)
+        return key if self.is_abstract else jax.random.fold_in(key, self.replicated(np.uint32(number)))
 
     # ---------------------------------------------------------------- rows
 
@@ -141,10 +144,11 @@ class Session:
         if self.embedded:
             negative = self.pipeline.negatives(rows) if self.pipeline.guidance_scale != 1 else None
             return Cond(*self.split((self.embedded([row.prompt for row in rows]), negative and self.embedded(negative))))
-        inputs = self.pipeline.abstract_inputs(len(rows)) if self.is_abstract else self.pipeline.inputs(rows)
-        # With embeddings, the check still traces the encoders: only shapes are used.
-        frozen = self.pipeline.abstract(self.mesh)[1] if self.is_abstract and self.embeddings else self.frozen
-        return call("" if self.embeddings else "encode", encode, self.pipeline, frozen, self.split(inputs), key)
+        inputs = self.pipeline.abstract_inputs(rows) if self.is_abstract else self.pipeline.inputs(rows)
+        if self.embeddings:  # abstract: as the encoders would give it, but from a file, which has bfloat16
+            cond = encode.eval_shape(self.pipeline, self.pipeline.abstract()[1], inputs, key)
+            return self.split(jax.tree.map(lambda leaf: leaf.update(dtype=jax.numpy.bfloat16), cond))
+        return call("encode", encode, self.pipeline, self.frozen, self.split(inputs), key)
 
     def prompt_numbers(self, rows: list[Row]):
         """int32 [P]: which of the different prompts of the data set these are."""
@@ -152,7 +156,7 @@ class Session:
 
     def close(self) -> None:
         """Ends the threads of the rewards and lets go of their networks."""
-        for rewards in {id(each): each for each in (self.rewards, *(evaluation.rewards for evaluation in self.evals.values()))}.values():
+        for rewards in (self.rewards, *(evaluation.rewards for evaluation in self.evals.values())):
             rewards.close()
 
 
@@ -187,8 +191,8 @@ class Rescoring:
         kept = self.kept is not False and change < self.limit
         if kept != self.kept:
             log.log(logging.INFO if kept else logging.WARNING,
-                    "rollout and update round differently by %.1e of a ratio, %s a tenth of the clip range: old log-probabilities are "
-                    "%s", change, "less than" if kept else "not less than",
+                    "rollout and update round differently by %.1e of a ratio, %s a tenth of the clip range: old "
+                    "log-probabilities are %s", change, "less than" if kept else "not less than",
                     "the rollout's" if kept else "computed anew before the first update (one more forward pass)")
         self.kept = kept
 
@@ -199,6 +203,13 @@ class Rescoring:
     def restore(self, record: dict | None) -> None:
         if record and record["where"] == self.where:
             self.kept = record["kept"]
+
+
+def as_returned(where: NamedSharding) -> NamedSharding:
+    """A sharding as jax spells it where a compiled function returns it: without mesh axes of one device."""
+    named = [(names,) if isinstance(names, str) else names or () for names in where.spec]
+    split = [tuple(name for name in names if where.mesh.shape[name] > 1) for names in named]
+    return NamedSharding(where.mesh, PartitionSpec(*(names or None for names in split)))
 
 
 def _placed(leaf, where):

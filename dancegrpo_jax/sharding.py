@@ -70,15 +70,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, seq: int = 1, tensor: int = 1, devi
 
 
 def _axes(mesh) -> dict:
-    return dict(zip(mesh.axis_names, mesh.axis_sizes if hasattr(mesh, "axis_sizes") else mesh.devices.shape))
+    sizes = mesh.axis_sizes if hasattr(mesh, "axis_sizes") else mesh.devices.shape
+    return dict(zip(mesh.axis_names, sizes, strict=True))
 
 
 def _fit(spec, shape, axes) -> P:
-    """Drops the axes that do not divide their dimension."""
+    """Drops the axes that do not divide their dimension; `spec` may stop before the last dimension."""
     def fits(names, size):
         names = (names,) if isinstance(names, str) else names or ()
         return size % int(np.prod([axes.get(name, 1) for name in names])) == 0
-    return P(*(names if fits(names, size) else None for names, size in zip(spec, shape)))
+    return P(*(names if fits(names, size) else None for names, size in zip(spec, shape, strict=False)))
 
 
 def param_spec(name: str, shape, mesh, rules: Rules = ()) -> P:
@@ -139,20 +140,24 @@ def constrain_batch(tree, axis: int = 0):
 
 
 def map_slices(function, batch, size: int):
-    """function(batch) for an array [B, ...], computed `size` items per device at a time to bound memory; 0: all at once.
+    """function(batch), an array [B, ...] from a pytree of such, `size` items per device at a time (0: all), to bound memory.
 
-    Every slice takes equal parts of all devices. B must be a multiple of the devices; a last slice is padded.
+    Every slice takes equal parts of all devices; a last slice is padded. If the devices do not divide B, it is all at once.
     """
-    per_device, rest = divmod(batch.shape[0], batch_devices())
+    devices = batch_devices()
+    per_device, rest = divmod(len(jax.tree.leaves(batch)[0]), devices)
     if not size or rest or per_device <= size:
         return function(batch)
-    devices, slices = batch_devices(), -(-per_device // size)
-    x = batch.reshape(devices, per_device, *batch.shape[1:])
-    x = jnp.pad(x, ((0, 0), (0, slices * size - per_device), *((0, 0),) * (batch.ndim - 1)))
-    x = x.reshape(devices, slices, size, *batch.shape[1:]).swapaxes(0, 1).reshape(slices, devices * size, *batch.shape[1:])
-    y = jax.lax.map(lambda part: constrain_batch(function(constrain_batch(part))), x)
+    slices = -(-per_device // size)
+
+    def cut(x):
+        x = x.reshape(devices, per_device, *x.shape[1:])
+        x = jnp.pad(x, ((0, 0), (0, slices * size - per_device), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(devices, slices, size, *x.shape[2:]).swapaxes(0, 1).reshape(slices, devices * size, *x.shape[2:])
+
+    y = jax.lax.map(lambda part: constrain_batch(function(constrain_batch(part))), jax.tree.map(cut, batch))
     y = y.reshape(slices, devices, size, *y.shape[2:]).swapaxes(0, 1).reshape(devices, slices * size, *y.shape[2:])
-    return y[:, :per_device].reshape(batch.shape[0], *y.shape[2:])
+    return y[:, :per_device].reshape(devices * per_device, *y.shape[2:])
 
 
 def axis_size(name: str) -> int:

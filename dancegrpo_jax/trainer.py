@@ -6,22 +6,19 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 from clu import parameter_overview
 
 from dancegrpo_jax import multihost, sharding
 from dancegrpo_jax.checkpoint import Checkpointer, PreemptionGuard
 from dancegrpo_jax.config import validate
-from dancegrpo_jax.data import Row
+from dancegrpo_jax.evaluate import evaluate, write_grid
 from dancegrpo_jax.iteration import collect, learn, summarize
 from dancegrpo_jax.learner import TrainState, update
-from dancegrpo_jax.media import Media, image_grid, to_uint8
 from dancegrpo_jax.metrics import MetricWriter, Progress, StepTimer, start_run_dir
 from dancegrpo_jax.report import write_report
-from dancegrpo_jax.rollout import generate, rollout
+from dancegrpo_jax.rollout import rollout
 from dancegrpo_jax.session import Session
 
-COLUMNS = 6  # samples of each prompt in the grids before and after
 log = logging.getLogger(__name__)
 
 
@@ -116,57 +113,12 @@ def iterate(session: Session, state: TrainState, step: int, writer: MetricWriter
     return state, record
 
 
-def evaluate(session: Session, state: TrainState, step: int, grid: str = "", *, writer: MetricWriter, progress: Progress) -> None:
-    """Those of `config.evals` whose turn it is; at the start and the end all, with a `grid` of several samples a prompt."""
-    draw = partial(generate, session.pipeline, state.eval_params, session.frozen, schedule=session.eval_schedule,
-                   condition=session.condition, seed=session.seed)
-    for name, (evaluator, rows, rewards) in session.evals.items():
-        if not grid and not (evaluator.every and step % evaluator.every == 0):
-            continue
-        first = []  # the pictures of the first rows, to look at
-
-        def batches(evaluator=evaluator, rows=rows, first=first):
-            for part, media, count in draw(rows, batch=evaluator.batch):
-                if not first:
-                    shown = part[:min(count, session.config.log.prompts_in_grid)]
-                    first.append((shown, to_uint8(Media(media.pixels[:len(shown)], media.fps))))
-                yield part, media, count
-                del media
-        scalars = {f"{name}/{key}": value for key, value in evaluator.run(batches(), rewards).items()}
-        writer.scalars(step, scalars)
-        progress.note(step, f"{name}  " + "  ".join(f"{key.partition('/')[2]} {value:.4f}" for key, value in scalars.items()))
-        if not grid:
-            shown_rows, pixels = first[0]
-            writer.images(step, f"{name}/samples", image_grid(pixels[:, :, 0], [row.prompt for row in shown_rows]))
-        elif name == next(iter(session.evals)):  # the same rows and noise, before and after
-            shown_rows = rows[:session.config.log.prompts_in_grid]
-            parts = [multihost.fetch(media.pixels)[:count] for _, media, count in
-                     draw([row for row in shown_rows for _ in range(COLUMNS)], batch=evaluator.batch)]
-            pixels = np.concatenate(parts)
-            media = Media(session.split(pixels.reshape(len(shown_rows), COLUMNS, *pixels.shape[2:])), session.pipeline.fps)
-            scores = rewards.submit(media, shown_rows).result()
-            picture = write_grid(session, writer, step, f"{name}/{grid}", media, shown_rows, scores, COLUMNS)
-            if jax.process_index() == 0:
-                picture.save(Path(session.config.run_dir) / f"{grid}.png")
-
-
-def write_grid(session: Session, writer: MetricWriter, step: int, tag: str, media: Media, rows: list[Row], scores: dict, columns: int):
-    """A picture of the first samples of some rows with the weighted sum of their rewards, which is for display only."""
-    place = slice(len(rows)), slice(columns)
-    pixels = to_uint8(Media(media.pixels[place], media.fps))[:, :, 0]
-    values = multihost.fetch({name: values[place] for name, (values, _) in scores.items()})
-    total = sum(session.rewards.weights.get(name, 1.0) * each for name, each in values.items())
-    grid = image_grid(pixels, [row.prompt for row in rows], total)
-    writer.images(step, tag, grid)
-    return grid
-
-
 def check_finite(step: int, record: dict) -> None:
     """Raises: FloatingPointError if training has broken down; it resumes from before that."""
     loss, norm = record["train/loss"], record["train/grad_norm"]
     if not math.isfinite(loss) or not math.isfinite(norm):
-        raise FloatingPointError(f"iteration {step}: loss {loss}, grad norm {norm}; lower optim.learning_rate or set optim.grad_clip, "
-                                 "and run again to resume before it")
+        raise FloatingPointError(f"iteration {step}: loss {loss}, grad norm {norm}; lower optim.learning_rate or set "
+                                 "optim.grad_clip, and run again to resume before it")
 
 
 class profiled:

@@ -52,14 +52,14 @@ def check(args: argparse.Namespace, overrides: list[str]) -> list[dict]:
 
 
 def main(argv: list[str]) -> int:
-    from dancegrpo_jax.config import exit_status
+    from dancegrpo_jax.config import exit_status, program
 
-    parser = argparse.ArgumentParser(prog="python launch/compile_check.py", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog=program(argv[0]), description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="config file; its keys are overridden by --config.KEY=VALUE")
     parser.add_argument("--topology", required=True, help="chip:AxB or chip:AxBxC, or several with commas: v5e:4x4,v5p:4x4x4")
-    parser.add_argument("--adapt", action="store_true", help="change mesh, prompts, chunks and micro-batch to what divides over "
-                                                            "the topology, and say how")
+    parser.add_argument("--adapt", action="store_true", help="change mesh, prompts, chunks and micro-batch to what divides "
+                                                            "over the topology, and say how")
     parser.add_argument("--phases", default="", help="compile only these: encode, rollout, decode, reward, update, ...")
     parser.add_argument("--microbatch", action="store_true", help="also search the largest config.optim.microbatch that fits "
                                                                  "(several compiles)")

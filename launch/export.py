@@ -49,11 +49,9 @@ def export(run_dir, out, dtype: str | None = None, max_shard_size: str = "5GB") 
 
 
 def main(argv: list[str]) -> int:
-    from dancegrpo_jax.config import exit_status
-    from launch.commands import use_working_directory
+    from dancegrpo_jax.config import exit_status, program
 
-    use_working_directory()
-    parser = argparse.ArgumentParser(prog="python launch/export.py", description=__doc__.split("\n\n")[1],
+    parser = argparse.ArgumentParser(prog=program(argv[0]), description=__doc__.split("\n\n")[1],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--run", required=True, help="run_dir of a training run")
     parser.add_argument("--out", required=True, help="folder to write")

@@ -230,8 +230,10 @@ BUCKET = _matching(r"[a-z0-9][-_.a-z0-9]+", "the name of a bucket, without gs://
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """(options, arguments of launch/train.py)."""
+    from dancegrpo_jax.config import program
+
     first = next((i for i, value in enumerate(argv) if value.startswith("--config")), len(argv))
-    parser = argparse.ArgumentParser(prog="python launch/pod.py", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog=program(argv[0]), description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="start | logs | stop | queued | gke")
 

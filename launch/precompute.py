@@ -57,9 +57,9 @@ def precompute(argv: list[str], out: str, batch: int) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    from dancegrpo_jax.config import exit_status
+    from dancegrpo_jax.config import exit_status, program
 
-    parser = argparse.ArgumentParser(prog="python launch/precompute.py", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog=program(argv[0]), description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the embeddings are written")
     parser.add_argument("--batch", type=int, default=8, help="prompts encoded at a time")

@@ -27,6 +27,7 @@ import optax
 from flax import nnx
 from transformers import CLIPTokenizer
 
+from dancegrpo_jax.config import program
 from dancegrpo_jax.models.codecs import autoencoder_kl as vae
 from dancegrpo_jax.models.denoisers import flux, unet
 from dancegrpo_jax.models.encoders import clip
@@ -272,7 +273,8 @@ def write_pipeline(out: Path, root: Path, paradigm: str):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog=program(sys.argv[0]), description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     weights = Path(shapes.__file__).parent / "weights"
     parser.add_argument("--out", type=Path, default=weights, help="folder of the weights (default: %(default)s)")
     parser.add_argument("--stages", nargs="+", default=["clip", "vae", "flow", "diffusion"],

@@ -16,8 +16,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python launch/sample.py", description=__doc__,
+    from dancegrpo_jax.config import program
+
+    parser = argparse.ArgumentParser(prog=program(argv[0]), description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="pipeline folder or hub id")
@@ -28,8 +31,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--images_per_prompt", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="default: the model's usual, 50 (Stable Diffusion), 28 (FLUX)")
-    parser.add_argument("--guidance_scale", type=float, help="default: the model's usual, 7.5 (Stable Diffusion), 3.5 (FLUX, as an "
-                        "input)")
+    parser.add_argument("--guidance_scale", type=float,
+                        help="default: the model's usual, 7.5 (Stable Diffusion), 3.5 (FLUX, as an input)")
     parser.add_argument("--negative_prompt", help="what guidance leads away from; default: none")
     parser.add_argument("--shift", type=float, default=0.0, help="of the flow schedule; default: the checkpoint's own")
     parser.add_argument("--size", help="HEIGHTxWIDTH or one number, pixels; default: 512 (Stable Diffusion), 1024 (FLUX)")
@@ -52,7 +55,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def base_model(args: argparse.Namespace, mesh):
-    """(pipeline, trainable, frozen, steps) of `--model`, with what its kind is usually sampled with where nothing else is asked for."""
+    """(pipeline, trainable, frozen, schedule) of `--model`, with what its kind is usually sampled with unless more is asked."""
     from dancegrpo_jax.pipelines.base import pipeline_class
 
     kind = pipeline_class(args.model)
@@ -63,7 +66,8 @@ def base_model(args: argparse.Namespace, mesh):
     pipeline = kind(args.model, height=int(height), width=int(width or height), dtype=args.dtype or "bfloat16", remat="none",
                     decode_tile=args.decode_tile or 0, negative_prompt=args.negative_prompt or "",
                     **{name: getattr(usual, name) if args.guidance_scale is None else args.guidance_scale})
-    return pipeline, *pipeline.load(mesh=mesh), args.steps or usual.steps
+    schedule = pipeline.schedule(args.steps or usual.steps, args.shift)  # checked before anything is loaded
+    return pipeline, *pipeline.load(mesh=mesh), schedule
 
 
 def sample(args: argparse.Namespace) -> Path:
@@ -78,23 +82,23 @@ def sample(args: argparse.Namespace) -> Path:
     from dancegrpo_jax.session import open_run, with_negatives
 
     rows = rows_of(args.prompt) + (read_rows(args.prompts) if args.prompts else [])
-    mesh, shift = sharding.make_mesh(), args.shift
-    out, count = Path(args.out), args.images_per_prompt
+    mesh, out, count = sharding.make_mesh(), Path(args.out), args.images_per_prompt
     out.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh), (out / "index.jsonl").open("w") as index:
         if args.run:
             config, pipeline, trainable, frozen, _ = open_run(args.run, mesh)
-            steps, shift = args.steps or config.sampler.eval_steps, shift or config.sampler.shift
+            schedule = pipeline.schedule(args.steps or config.sampler.eval_steps, args.shift or config.sampler.shift)
         else:
-            pipeline, trainable, frozen, steps = base_model(args, mesh)
+            pipeline, trainable, frozen, schedule = base_model(args, mesh)
 
         def condition(rows, key, call):
             return call("encode", encode, pipeline, frozen, sharding.shard_batch(pipeline.inputs(rows), mesh), key)
         wanted = [row for row in with_negatives(rows, pipeline) for _ in range(count)]
         pictures = []  # for the grid
-        for part, media, valid in generate(pipeline, trainable, frozen, wanted, pipeline.schedule(steps, shift), condition=condition,
-                                           batch=min(args.batch, len(wanted)), seed=args.seed):
-            for row, picture in zip(part[:valid], to_uint8(media)[:, 0, 0]):
+        drawn = generate(pipeline, trainable, frozen, wanted, schedule, condition=condition, batch=min(args.batch, len(wanted)),
+                         seed=args.seed)
+        for part, media, valid in drawn:
+            for row, picture in zip(part[:valid], to_uint8(media)[:valid, 0, 0], strict=True):
                 number = len(pictures)
                 file = f"{number // count:05d}_{number % count:02d}.png"
                 Image.fromarray(picture).save(out / file)

@@ -94,9 +94,9 @@ def score(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> int:
-    from dancegrpo_jax.config import exit_status
+    from dancegrpo_jax.config import exit_status, program
 
-    parser = argparse.ArgumentParser(prog="python launch/score.py", description=__doc__,
+    parser = argparse.ArgumentParser(prog=program(argv[0]), description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", required=True, help="index.jsonl, or a folder of images")
     parser.add_argument("--rewards", required=True, help="as config.rewards, JSON")

@@ -18,7 +18,7 @@ def run(argv: list[str]) -> None:
     from dancegrpo_jax.config import load
 
     config = load(argv)
-    from dancegrpo_jax import multihost  # after the config: errors and --help come without importing jax
+    from dancegrpo_jax import multihost  # after the config, whose errors come without importing jax
     from dancegrpo_jax.trainer import train
 
     multihost.initialize()
@@ -28,9 +28,7 @@ def run(argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     from dancegrpo_jax.config import exit_status
-    from launch.commands import use_working_directory
 
-    use_working_directory()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("dancegrpo_jax").setLevel(logging.INFO)
     return exit_status(run, argv)

@@ -14,7 +14,7 @@ from dancegrpo_jax.registry import COMBINE
 def numpy_advantages(rewards, ok):
     """Float64, one group and one sample at a time."""
     advantage = np.zeros(rewards.shape)
-    for p, (group, valid) in enumerate(zip(np.asarray(rewards, np.float64), ok)):
+    for p, (group, valid) in enumerate(zip(np.asarray(rewards, np.float64), ok, strict=True)):
         if valid.sum() >= 2 and np.ptp(group[valid]) > 0:
             advantage[p, valid] = (group[valid] - group[valid].mean()) / (group[valid].std(ddof=1) + 1e-8)
     return advantage
@@ -132,7 +132,7 @@ def test_choose_timesteps_is_a_uniform_choice_of_eligible_steps():
     assert found.shape == (batch, k) and found.dtype == np.int32
     assert (np.diff(found, axis=1) > 0).all()  # ascending, so distinct
     steps = np.flatnonzero(eligible)
-    counts = {subset: 0 for subset in combinations(steps.tolist(), k)}
+    counts = dict.fromkeys(combinations(steps.tolist(), k), 0)
     for row in found.tolist():
         counts[tuple(row)] += 1  # KeyError: an ineligible step
     p = 1 / len(counts)

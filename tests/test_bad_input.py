@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dancegrpo_jax import trainer
+from dancegrpo_jax import evaluate, iteration, rollout
 from launch.train import main
 from tests.pipelines import write_pipeline
 
@@ -29,8 +29,8 @@ def run(pipeline, tmp_path, monkeypatch, capsys):
     def forbidden(*args, **kwargs):
         raise AssertionError("compute was spent")
 
-    for name in ("generate", "rollout", "update"):
-        monkeypatch.setattr(trainer, name, forbidden)
+    for module, name in ((evaluate, "generate"), (iteration, "rollout"), (iteration, "update"), (rollout, "sample")):
+        monkeypatch.setattr(module, name, forbidden)
     shutil.copytree(pipeline, tmp_path / "model")
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "file").write_text("")
@@ -47,19 +47,25 @@ def run(pipeline, tmp_path, monkeypatch, capsys):
 
 
 CONFIG = [
-    (["grpo.clip_rnge=1e-4"], ["config.grpo.clip_rnge", "clip_range"]),
+    (["algorithm.grpo.clip_rnge=1e-4"], ["config.algorithm.grpo.clip_rnge", "clip_range"]),
+    (["algorithm=ppo"], ["config.algorithm='ppo'", "ddpo"]),
     (["optim.learning_rate=fast"], ["config.optim.learning_rate='fast'"]),
     (["optim.learning_rate=-1"], ["config.optim.learning_rate=-1.0"]),
     (["steps=0"], ["config.steps=0"]),
     (["sampler.kernel=euler"], ["config.sampler.kernel='euler'", "dance"]),
-    (["model.policy=sdxl"], ["config.model.policy='sdxl'", "flux"]),
+    (["sampler.kernel=ddim"], ["config.sampler.kernel='ddim'", "dance or flow or cps"]),
+    (["model.pipeline=sdxl"], ["config.model.pipeline='sdxl'", "FluxPipeline"]),
+    (["model.height=36"], ["config.model.height=36", "multiple of 8", "32 and 40"]),
+    (["model.parts={\"vaee\": \"TMP/model\"}"], ["config.model.parts", "'vaee'", "vae"]),
     (["data.group_size=1"], ["config.data.group_size=1"]),
-    (["grpo.microbatch=5"], ["config.grpo.microbatch=5", "near are"]),
+    (["optim.microbatch=5"], ["config.optim.microbatch=5", "near are"]),
     (["mesh.fsdp=3"], ["mesh", "devices"]),
     (["rewards={\"verifyer\": {}}"], ["verifyer", "verifier"]),
     (["rewards={\"hps\": {\"model\": \"TMP/hps.pt\"}}"], ["hps", "TMP/hps.pt"]),
     (["rewards={\"mine\": {\"reward\": \"nowhere:score\"}}"], ["nowhere"]),
     (["rewards={\"jpeg\": {\"qualty\": 5}}"], ["jpeg", "qualty"]),
+    (["evals.eval.rewards={\"jpeg\": {\"qualty\": 5}}"], ["jpeg", "qualty"]),
+    (["evals.eval.num_prompts=5"], ["config.evals.eval.num_prompts", "count"]),
     (["rewards={\"clip_score\": {\"model\": \"TMP/nowhere\"}}"], ["TMP/nowhere"]),
     (["model.lora.rank=4", "model.lora.targets=(\"nothing\",)"], ["nothing"]),
 ]
@@ -91,13 +97,18 @@ FILES = {
     "syntax error": (dict(config="TMP/broken.py"), ["TMP/broken.py", "SyntaxError"]),
     "no prompt file": (["data.train=TMP/absent.txt"], ["TMP/absent.txt"]),
     "empty prompt file": (["data.train=TMP/empty.txt"], ["TMP/empty.txt"]),
+    "no file to evaluate": (["evals.eval.rows=TMP/absent.txt"], ["TMP/absent.txt"]),
     "no model folder": (["model.folder=TMP/absent"], ["TMP/absent"]),
     "run_dir is a file": (["run_dir=TMP/file"], ["TMP/file"]),
+    "no index": (lambda m: (m / "model_index.json").unlink(), ["TMP/model/model_index.json", "config.model.pipeline"]),
+    "unknown kind": (lambda m: edit_json(m / "model_index.json", _class_name="SanaPipeline"),
+                     ["TMP/model/model_index.json", "SanaPipeline", "FluxPipeline"]),
     "no vae": (lambda m: shutil.rmtree(m / "vae"), ["TMP/model/vae"]),
     "no tokenizer": (lambda m: shutil.rmtree(m / "tokenizer"), ["TMP/model/tokenizer"]),
     "truncated weights": (lambda m: truncate(m / WEIGHTS), [WEIGHTS, "copy the file again"]),
     "unknown key": (lambda m: rename_key(m / WEIGHTS), ["proj_out.weight", "proj_out.wieght"]),
-    "wrong shape": (lambda m: edit_json(m / "transformer/config.json", in_channels=8), ["model/transformer", "has shape (16,), expected (8,)"]),
+    "wrong shape": (lambda m: edit_json(m / "transformer/config.json", in_channels=8),
+                    ["model/transformer", "has shape (16,), expected (8,)"]),
     "unknown setting": (lambda m: edit_json(m / "vae/config.json", latent_chanels=4), ["vae/config.json", "latent_channels"]),
     "config is no JSON": (lambda m: truncate(m / "text_encoder/config.json"), ["text_encoder/config.json", "JSON"]),
 }

@@ -16,10 +16,14 @@ import pytest
 from dancegrpo_jax import config as c
 from dancegrpo_jax.aot import flops, hlo, report, roofline
 from dancegrpo_jax.aot.adapt import adapt, microbatches
-from dancegrpo_jax.aot.phases import SHIPPED, Phase, Run, abstract_rewards, offline_config
+from dancegrpo_jax.aot.phases import SHIPPED, Phase, Run, offline_config
 from dancegrpo_jax.aot.topology import CHIPS, Topology, get_topology
+from dancegrpo_jax.data import rows_of
+from dancegrpo_jax.guidance import predict
 from dancegrpo_jax.models.files.convert import match_keys
-from dancegrpo_jax.pipelines.base import configured_policy
+from dancegrpo_jax.rewards.set import RewardSet
+from dancegrpo_jax.rollout import encode
+from dancegrpo_jax.session import configured_pipeline
 
 ROOT = Path(__file__).parents[1]
 OPTIMISED = True
@@ -81,20 +85,18 @@ def preset(name, **overrides):
 
 @functools.cache
 def shipped(name):
-    """(policy, trainable, frozen) of a preset, abstract."""
-    policy = configured_policy(offline_config(preset(name)))
-    return policy, *policy.abstract()
+    """(pipeline, trainable, frozen) of a preset, abstract."""
+    pipeline = configured_pipeline(offline_config(preset(name)))
+    return pipeline, *pipeline.abstract()
 
 
 def forward_flops(name) -> float:
     """FLOPs of one evaluation of a preset's denoiser for one sample, guidance included."""
-    policy, trainable, frozen = shipped(name)
-    tokens = {name: jax.ShapeDtypeStruct((1, length), np.int32) for name, length in policy.lengths.items()}
-    cond = jax.eval_shape(policy.encode, frozen, tokens)
-    frozen = frozen | {"negative": cond}
-    latents = jax.ShapeDtypeStruct((1, *policy.latent_shape), jnp.float32)
+    pipeline, trainable, frozen = shipped(name)
+    cond = encode.eval_shape(pipeline, frozen, pipeline.abstract_inputs(rows_of([""])), jax.random.key(0))
+    latents = jax.ShapeDtypeStruct((1, *pipeline.latent_shape), jnp.float32)
     time = jax.ShapeDtypeStruct((1,), jnp.float32)
-    return flops.count(jax.make_jaxpr(policy.predict)(trainable, frozen, latents, time, cond))
+    return flops.count(jax.make_jaxpr(functools.partial(predict, pipeline))(trainable, frozen, latents, time, cond))
 
 
 def test_flux_forward():
@@ -115,15 +117,16 @@ def test_stable_diffusion_forward():
                   "text_encoder_2": "t5xxl_encoder"}),
     ("sd_hps", {"unet": "sd14_unet", "vae": "sd14_vae", "text_encoder": "clip_l_text"})])
 def test_shipped_architectures_have_the_released_shapes(name, parts):
-    policy, trainable, frozen = shipped(name)
+    pipeline, trainable, frozen = shipped(name)
+    assert pipeline.parts.keys() == parts.keys()
     for part, manifest in parts.items():
-        params = frozen.get(part) or trainable
+        params = frozen.get(part) or trainable[part]
         shapes = json.loads(gzip.decompress((ROOT / "tests" / "manifests" / f"{manifest}.json.gz").read_bytes()))
-        model = {"transformer": policy.denoiser, "unet": policy.denoiser, "vae": policy.vae}.get(part) or policy.texts[part]
-        matched = match_keys(shapes, params, rename=getattr(type(model), "LEGACY_KEYS", ()),
-                             ignore=getattr(type(model), "IGNORED_KEYS", ()))
+        model = pipeline.parts[part].module
+        matched = match_keys(shapes, params, rename=getattr(model, "LEGACY_KEYS", ()),
+                             ignore=getattr(model, "IGNORED_KEYS", ()))
         assert matched.keys() == params.keys()
-    assert policy.schedule(16, 0.0) is not None
+    assert pipeline.schedule(16, 0.0) is not None
 
 
 def test_no_downloads():
@@ -134,10 +137,11 @@ def test_no_downloads():
 
 def test_rewards_without_files():
     mesh = jax.make_mesh((8, 1, 1), ("data", "fsdp", "tensor"))
-    found, notes = abstract_rewards({"hps": {"dtype": "bfloat16"}, "jpeg": {}, "aesthetic": {"head": "x"}}, mesh)
-    assert list(found) == ["hps"] and len(notes) == 2
-    assert sum(leaf.size for leaf in found["hps"].params.values()) == 986_109_441  # CLIP ViT-H/14
-    assert found["hps"].prepare(["a", "b"], None).shape == (2, 77)
+    config = {"hps": {"dtype": "bfloat16"}, "jpeg": {}, "aesthetic": {"head": "x"}, "clip_score": {"model": "some/where"}}
+    found = RewardSet.abstract(config, mesh)
+    assert list(found.params) == ["hps", "aesthetic"] and len(found.notes) == 2
+    assert sum(leaf.size for leaf in found.params["hps"].values()) == 986_109_441  # CLIP ViT-H/14
+    assert found.rewards["hps"].prepare(rows_of("ab")).shape == (2, 77)
 
 
 # ------------------------------------------------------------------------------------------ HLO
@@ -208,7 +212,7 @@ ENTRY %main (a: f32[4,8]) -> f32[4,8] {
   %done = f32[32,8]{1,0} all-gather-done(%start)
   ROOT %swap = f32[4,8]{1,0} collective-permute(%a), source_target_pairs={{3,5},{5,3}}
 }
-"""
+"""  # noqa: E501 (as libtpu writes it)
 
 
 def test_tpu_text():
@@ -217,7 +221,8 @@ def test_tpu_text():
     assert set(traffic.collectives) == {
         hlo.Collective("all-gather", 64 * 32 * 2, (0, 2, 4, 6), 9),
         hlo.Collective("reduce-scatter", 64 * 32 * 2, (0, 1, 2, 3), 9),
-        hlo.Collective("all-gather", 32 * 8 * 4, tuple(range(8)), 1), hlo.Collective("collective-permute", 4 * 8 * 4, (3, 5), 1)}
+        hlo.Collective("all-gather", 32 * 8 * 4, tuple(range(8)), 1),
+        hlo.Collective("collective-permute", 4 * 8 * 4, (3, 5), 1)}
     weights = 16 * 32 * 2  # a layer's slice is read and written, then read by the kernel, which writes on chip
     assert traffic.hbm_bytes == 9 * (weights + 4 + weights + weights)
 
@@ -304,6 +309,25 @@ def test_iteration():
     assert "Nothing was measured on a TPU" in report.text(run, "x") and "| x | v5p:2x2x1 |" in report.table(["x"], [run])
 
 
+def test_price_of_rescoring():
+    """One more forward pass that "auto" may spare: the report gives the iteration with it and without."""
+    run = finished_run(50)
+    plain = report.summarize(run)["iteration"]
+    assert "expected_seconds_without_rescore" not in plain
+    run.phases.insert(1, Phase("rescore", 1, memory=run.phases[0].memory, flops=459e12 / 4, model_flops=459e12 / 4,
+                               traffic=hlo.Traffic([], 0)))
+    summary = report.summarize(run)
+    both = summary["iteration"]
+    assert both["expected_seconds"] == pytest.approx(3.75 / 0.61)
+    assert both["expected_seconds_without_rescore"] == pytest.approx(plain["expected_seconds"])
+    assert both["hours_without_rescore"] == pytest.approx(plain["hours"])
+    assert both["hours"] == pytest.approx(plain["hours"] * 3.75 / 3.5)
+    (line,) = [line for line in report.text(summary, "x").splitlines() if line.startswith("rescore=auto")]
+    assert "6.1 s with" in line and "5.7 s (0.02 h) once" in line
+    run.config.algorithm = {"grpo": {"rescore": "always"}}  # nothing to be spared
+    assert "expected_seconds_without_rescore" not in report.summarize(run)["iteration"]
+
+
 def test_verdict():
     limit = CHIPS["v5p"].memory / 1e9
     assert report.summarize(finished_run(0.89 * limit))["fits"]
@@ -322,9 +346,10 @@ def test_adapt():
         config, changed = adapt(preset(name), devices, shape)
         c.validate(config, devices)
         assert config.data.prompts_per_step // config.data.chunks * config.data.group_size % devices == 0
-        assert config.eval.batch % devices == 0
+        assert config.evals.eval.batch % devices == 0
         if shape == (4, 4, 4):
-            assert changed == {"mesh.fsdp": 16, "mesh.data": -1, "data.chunks": 1, "grpo.microbatch": 64, "eval.batch": 64}
+            assert changed == {"mesh.fsdp": 16, "mesh.data": -1, "data.chunks": 1, "optim.microbatch": 64,
+                               "evals.eval.batch": 64}
     assert microbatches(576, 64) == [64, 192, 576]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ class Model(nnx.Module):
         num_layers: int = 2
         use_conv: bool = True
         sizes: tuple[int, ...] = (1, 2)
-        FIXED = {"act_fn": "silu"}
+        FIXED: ClassVar = {"act_fn": "silu"}
 
     def __init__(self, config, *, rngs):
         self.config = config

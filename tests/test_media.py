@@ -57,7 +57,7 @@ def test_rounding():
 def test_files(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), dtype=np.uint8)
     files = [tmp_path / f"{i}.png" for i in range(3)]
-    for file, image in zip(files, pixels):
+    for file, image in zip(files, pixels, strict=True):
         Image.fromarray(image).save(file)
     media = m.read_images(files)
     assert media.pixels.shape == (3, 1, 1, 8, 6, 3)

@@ -13,6 +13,8 @@ from PIL import Image
 
 from dancegrpo_jax import config as c
 from dancegrpo_jax import metrics as m
+from dancegrpo_jax.algorithms.grpo import GRPO
+from dancegrpo_jax.algorithms.nft import DiffusionNFT
 
 
 def lines(folder):
@@ -162,7 +164,7 @@ def test_run_dir(tmp_path):
     found = json.loads((folder / "versions.json").read_text())
     assert {"python", "jax", "flax", "device", "devices"} <= found.keys()
     assert not any("/" in value for value in found.values())  # no paths
-    m.start_run_dir(folder, make_config(steps="500", eval__every="3", checkpoint__keep="9", log__images_every="1",
+    m.start_run_dir(folder, make_config(steps="500", evals__eval__every="3", checkpoint__keep="9", log__images_every="1",
                                         mesh__fsdp="2"))
     assert json.loads((folder / "config.json").read_text())["steps"] == 500
     with pytest.raises(c.ConfigError, match="^[^\n]*$") as caught:
@@ -198,7 +200,7 @@ def test_timer(monkeypatch):
 
 def test_progress_is_one_informative_line():
     out = io.StringIO()
-    progress = m.Progress(120, start=10, stream=out)
+    progress = m.Progress(120, start=10, headline=GRPO.headline, stream=out)
     record = {"train/reward/verifier/mean": 0.51234, "train/reward/verifier/std": 9.0, "train/ratio/mean": 1.0,
               "train/ratio/min": 0.999, "train/ratio/max": 1.002,
               "train/clip_fraction/low": 0.01, "train/clip_fraction/high": 0.02, "time/rollout": 2.0,
@@ -212,3 +214,12 @@ def test_progress_is_one_informative_line():
                  "4 s (rollout 2 update 1.5)"):
         assert text in second, second
     assert third.startswith("[ 13/120]")
+
+
+def test_progress_shows_what_the_algorithm_says():
+    out = io.StringIO()
+    progress = m.Progress(10, headline=DiffusionNFT.headline, stream=out)
+    record = {"train/reward/own/mean": 0.5, "train/loss": 0.123456, "train/grad_norm": 2.0, "train/kl_base": 1e-5,
+              "train/towards": 3.0}
+    progress.update(1, record | {"time/total": 1.0})
+    assert out.getvalue() == "[ 1/10] eta 0:00:09 | reward 0.5 own | loss 0.123 | grad_norm 2 | kl_base 1e-05 | 1 s ()\n"

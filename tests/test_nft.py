@@ -158,8 +158,9 @@ def test_it_learns():
                              shared_noise=False, keep=False)
         reward = -jnp.square(trajectory.latents[-1] - 0.5).mean((1, 2, 3)).reshape(PROMPTS, group)
         rewards.append(float(reward.mean()))
-        batch, _, _ = make_batch(learner.algorithm, key, trajectory, plan, {"r": (reward, jnp.ones(reward.shape, bool))}, numbers, {},
-                                 cond, weights=(("r", 1.0),), updates=1, microbatch=PROMPTS * group * 2)
+        scores = {"r": (reward, jnp.ones(reward.shape, bool))}
+        batch, _, _ = make_batch(learner.algorithm, key, trajectory, plan, scores, numbers, {}, cond, weights=(("r", 1.0),),
+                                 updates=1, microbatch=PROMPTS * group * 2)
         state, metrics = update(learner, state, frozen, {}, batch, 0, key, False)
         state = state._replace(copies=move_copies(learner, state.copies, state.trainable, jnp.int32(i)))
         assert np.isfinite(metrics["loss"])

@@ -14,8 +14,9 @@ from dancegrpo_jax.metrics import read_metrics
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = json.loads((ROOT / "launch" / "colab.ipynb").read_text(encoding="utf-8"))
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
-TINY = {"data.prompts_per_step": 2, "data.group_size": 2, "grpo.microbatch": 4, "sampler.steps": 3, "sampler.window": 1,
-        "sampler.eval_steps": 2, "eval.num_prompts": 2, "eval.batch": 12, "eval.every": 0, "log.prompts_in_grid": 2}
+TINY = {"data.prompts_per_step": 2, "data.group_size": 2, "optim.microbatch": 4, "sampler.steps": 3, "sampler.eval_steps": 2,
+        "algorithm.grpo.window": 1, "evals.eval.count": 2, "evals.eval.batch": 12, "evals.eval.every": 0,
+        "log.prompts_in_grid": 2}
 
 
 def execute(cell, namespace: dict) -> None:

@@ -60,7 +60,7 @@ def test_rewards_are_found_next_to_where_the_command_runs(installed, tmp_path):
         script.write_text("import sys\nfrom launch.commands import train\nsys.exit(train())\n")
     folder.mkdir()
     (folder / "my_rewards.py").write_text("raise ValueError('these are mine')\n")
-    done = subprocess.run([sys.executable, script, f"--config={ROOT}/configs/shapes_diffusion.py",
+    done = subprocess.run([sys.executable, script, "--config=configs/shapes_diffusion.py",
                            '--config.rewards={"mine": {"reward": "my_rewards:brightness"}}'], cwd=folder, timeout=300,
                           capture_output=True, text=True, env=os.environ | ({"PYTHONPATH": str(ROOT)} if installed else {}))
     assert done.returncode == 2 and "these are mine" in done.stderr, done.stderr

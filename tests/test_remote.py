@@ -22,7 +22,7 @@ FAST = {"timeout": 0.5, "retries": 2}
 
 
 class Server:
-    """A server whose answers a function decides: respond(path, payload, count) -> (status, bytes) or an action on the socket."""
+    """A server whose answers a function decides: respond(path, payload, count) -> (status, bytes) or an act on the socket."""
 
     def __init__(self, respond):
         owner, self.requests, self.headers, self.lock = self, [], [], threading.Lock()
@@ -76,8 +76,8 @@ def quick(monkeypatch):
 
 
 def scored(payload):
-    return 200, json.dumps({"results": [{"id": item["id"], "score": float(item["id"]), "ok": True} for item in payload["items"]]}
-                           ).encode()
+    results = [{"id": item["id"], "score": float(item["id"]), "ok": True} for item in payload["items"]]
+    return 200, json.dumps({"results": results}).encode()
 
 
 def slow_drip(handler):
@@ -106,7 +106,8 @@ def first(bad):
     return lambda path, payload, count: bad if count == 1 else scored(payload)
 
 
-@pytest.mark.parametrize("bad", [(500, b""), (503, b"busy"), (429, b""), (200, b"<html>"), (200, b"[1]"), hang, hang_up, slow_drip],
+@pytest.mark.parametrize("bad", [(500, b""), (503, b"busy"), (429, b""), (200, b"<html>"), (200, b"[1]"), hang, hang_up,
+                                 slow_drip],
                          ids=["500", "503", "429", "html", "list", "timeout", "hang up", "drip"])
 def test_passing_faults_are_retried(serve, bad):
     server = serve(first(bad))
@@ -130,7 +131,8 @@ def test_lasting_faults_mask_one_group(serve, bad):
 
 
 def test_single_items_may_fail(serve):
-    odd = [{"id": "0", "score": 1.0, "ok": True}, {"id": "2", "score": 5.0, "ok": False}, {"id": "1", "score": None}, {"id": "3", "score": 3}]
+    odd = [{"id": "0", "score": 1.0, "ok": True}, {"id": "2", "score": 5.0, "ok": False}, {"id": "1", "score": None},
+           {"id": "3", "score": 3}]
     server = serve(lambda *args: (200, json.dumps({"results": odd}).encode()))
     values, ok = RewardSet({"remote": {"url": server.url}})(MEDIA, ROWS)["remote"]
     np.testing.assert_array_equal(ok, [[True, False, False, True]] * 2)
@@ -315,7 +317,8 @@ def test_judge_with_several_scores(serve):
 
 def test_yes_probability_sums_spellings(serve):
     def answer(text, pictures):
-        likely = [("Yes", 0.3), (" yes", 0.2), ("No", 0.1), ("Maybe", 0.3)] if brightness(pictures[0]) < 200 else [("Maybe", 0.9)]
+        dark = brightness(pictures[0]) < 200
+        likely = [("Yes", 0.3), (" yes", 0.2), ("No", 0.1), ("Maybe", 0.3)] if dark else [("Maybe", 0.9)]
         return {"logprobs": {"content": [{"top_logprobs": [{"token": t, "logprob": float(np.log(p))} for t, p in likely]}]}}
 
     server = serve(chat(answer))

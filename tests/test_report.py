@@ -33,6 +33,9 @@ def run(tmp_path):
     folder = tmp_path / "shapes<b>"
     config = c.default()
     config.steps, config.rewards = 4, {"verifier": {"weight": 1.0}, "clip": {"weight": 0.5}}
+    config.model.folder = "somewhere/tiny"
+    config.algorithm = {"grpo": {"window": 3}}
+    config.evals = {"eval": {"rows": "heldout.txt"}, "hard<i>": {"rows": "hard.txt", "every": 2}}
     m.start_run_dir(folder, config)
     writer = m.MetricWriter(folder, tensorboard=False)
     writer.scalars(0, {"eval/verifier/mean": 0.25, "eval/verifier/stderr": 0.03,
@@ -41,6 +44,8 @@ def run(tmp_path):
         writer.scalars(step, record(step))
     writer.scalars(4, {"eval/verifier/mean": 0.75, "eval/verifier/stderr": 0.04,
                        "eval/clip/mean": 0.4, "eval/clip/stderr": 0.1})
+    for step in (0, 2, 4):
+        writer.scalars(step, {"hard<i>/verifier/mean": 0.125 * step, "hard<i>/verifier/stderr": 0.01, "hard<i>/diversity": 3.0})
     writer.close()
     for name in ("before", "after"):
         image_grid(np.zeros((1, 2, 8, 8, 3), np.uint8), ["x"]).save(folder / f"{name}.png")
@@ -61,14 +66,19 @@ def test_complete_report(run):
     assert str(run.parent) not in page and "shapes<b>" not in page and "shapes&lt;b&gt;" in page
     assert "0.25 ± 0.03 → 0.75 ± 0.04" in page and "+0.5, 10.0 standard errors" in page
     assert "0.5 → 0.4 ± 0.1" in page and "-0.1</p>" in page  # no standard error at the start
-    assert "iteration 4 of 4 ·" in page and "not finished" not in page
+    assert "iteration 4 of 4 ·" in page and "not finished" not in page and "grpo on tiny" in page
+    assert page.index("eval: before and after") < page.index("hard&lt;i&gt;: before and after") and "hard<i>" not in page
+    assert "0 ± 0.01 → 0.5 ± 0.01" in page and '<div class="card">diversity<br><b>3 → 3</b>' in page
     found = pictures(page)
-    for words in ("before: the same", "after: the same", "reward verifier", "reward clip", "importance ratio",
-                  "first update", "clipped", "approximate KL", "KL to the base", "gradient norm", "equal rewards",
-                  "time of an iteration"):
+    for words in ("before: the same", "after: the same", "reward verifier", "reward clip", "reward diversity",
+                  "importance ratio", "first update", "clipped", "approximate KL", "KL to the base", "gradient norm",
+                  "equal rewards", "time of an iteration"):
         assert any(words in caption for caption in found), words
     assert all(np.asarray(picture.convert("RGB")).std() > 1 for caption, picture in found.items())
     assert "<td>optim.learning_rate</td><td>1e-05</td>" in page and "<td>jax</td>" in page
+    for option, value in {"algorithm.grpo.window": 3, "algorithm.grpo.clip_range": 0.0001, "evals.eval.every": 0,
+                          "evals.hard&lt;i&gt;.every": 2}.items():
+        assert f"<td>{option}</td><td>{value}</td>" in page, option
     assert "prefers-color-scheme: dark" in page
 
 
@@ -92,3 +102,19 @@ def test_unfinished_run_says_so_and_a_rewritten_step_counts_once(run):
             file.write(json.dumps({"step": step, "eval/verifier/mean": value}) + "\n")
     page = write_report(run).read_text()
     assert "iteration 2 of 4 (not finished)" in page and "0.25 → 0.375" in page
+
+
+def test_an_algorithm_without_ratios(run):
+    """Its own scalars are drawn, named alike in one picture; nothing is empty."""
+    config = json.loads((run / "config.json").read_text()) | {"algorithm": {"mine": {"type": "nowhere:Mine", "speed": 5}}}
+    (run / "config.json").write_text(json.dumps(config))
+    with open(run / "metrics.jsonl", "w") as file:
+        for step in range(1, 5):
+            found = {"towards": 2.0 / step, "away": 3.0, "kl_base": 0.1, "loss": 1.0, "grad_norm": 1.0, "gap/low": 0.1,
+                     "gap/high": 2.0, "reward/own/mean": 0.5, "compiles/update": 1}
+            file.write(json.dumps({"step": step} | {f"train/{name}": value for name, value in found.items()}) + "\n")
+    page = write_report(run).read_text()
+    assert [caption for caption in pictures(page) if "before" not in caption and "after" not in caption] == [
+        "reward own", "KL to the base weights, or what the algorithm measures in its place", "gradient norm", "loss", "away",
+        "gap", "towards"]
+    assert "mine on tiny" in page and "&#x27;speed&#x27;: 5" in page

@@ -4,6 +4,7 @@ import json
 import os
 import zipfile
 from collections import OrderedDict
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,8 @@ def as_torch(tensors):
 # ------------------------------------------------------------------------------------------------- torch files
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8",
+                                   "bool"])
 def test_torch_files_are_read_as_torch_reads_them(tmp_path, dtype):
     base = torch.arange(24).reshape(4, 6).to(getattr(torch, dtype))
     state = OrderedDict(whole=base, scalar=base[1, 2], rows=base[1:3], columns=base[:, ::2], turned=base.T, empty=base[:0],
@@ -110,8 +112,8 @@ class Evil:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("name", ["posix.system", "builtins.eval", "torch._utils._rebuild_device_tensor_from_numpy", "numpy.load",
-                                  "collections.Counter", "torch.load"])
+@pytest.mark.parametrize("name", ["posix.system", "builtins.eval", "torch._utils._rebuild_device_tensor_from_numpy",
+                                  "numpy.load", "collections.Counter", "torch.load"])
 def test_malicious_files_execute_nothing(tmp_path, name):
     module, _, attribute = name.rpartition(".")
     mark = tmp_path / "executed"
@@ -185,7 +187,8 @@ def test_full_sizes_in_both_namings(name, count):
     assert sum(leaf.size for leaf in abstract.values()) == count
     config, width = ARCHITECTURES[name], {"visual": 0, "text": 0}
     shapes = {}
-    for side, tower, prefix in (("visual", config.vision_config, "visual.transformer"), ("text", config.text_config, "transformer")):
+    for side, tower, prefix in (("visual", config.vision_config, "visual.transformer"),
+                                ("text", config.text_config, "transformer")):
         d, f = tower.hidden_size, tower.intermediate_size
         width[side] = d
         for i in range(tower.num_hidden_layers):
@@ -224,7 +227,7 @@ def test_formulas(clip, tmp_path, monkeypatch):
     sizes = ((10, 12), (7, 10), (5, 7), (3, 5), (1, 3))  # as the released head, smaller
     rng = np.random.default_rng(1)
     head = {}
-    for i, (out, into) in zip((0, 2, 4, 6, 7), sizes):
+    for i, (out, into) in zip((0, 2, 4, 6, 7), sizes, strict=True):
         head |= {f"layers.{i}.weight": rng.standard_normal((out, into)).astype(np.float32),
                  f"layers.{i}.bias": rng.standard_normal(out).astype(np.float32)}
     torch.save(as_torch(head), tmp_path / "head.pth")
@@ -332,13 +335,14 @@ def bpe(folder, text, length):
     merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines()[1:]]
     rank = {pair: i for i, pair in enumerate(merges)}
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in printable)}
+    others = (b for b in range(256) if b not in printable)
+    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
     ids = [vocabulary["<|startoftext|>"]]
     for word in regex.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", text):
         parts = [letters[b] for b in word.encode()]
         parts[-1] += "</w>"
         while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:]))
+            pairs = list(pairwise(parts))
             best = min(pairs, key=lambda pair: rank.get(pair, len(rank)))
             if best not in rank:
                 break
@@ -361,9 +365,10 @@ def test_tokens_of_a_thousand_prompts(clip):
     import unicodedata
 
     import ftfy
-    pieces = ["a", "red", "circle", "two blue squares", "CROSS", "don't", "it\u2019s", "\u201cquoted\u201d", "&amp;", "&lt;b&gt;", "🌟🎨",
-              "赤い 円", "圆形", "n°5", "3.14", "1,000", "naïve", "cafe\u0301", "ﬁne", "\t", "  ", "\n", "#tag", "(x:1.2)", "--ar 16:9",
-              "ＡＢＣ", "Ünïcode", "🇯🇵", "e\u0301te\u0301", "https://x.y/z?q=1", "…", "½", "ß", "schÃ¶n", "&quot;"]
+    pieces = ["a", "red", "circle", "two blue squares", "CROSS", "don't", "it\u2019s", "\u201cquoted\u201d", "&amp;",
+              "&lt;b&gt;", "🌟🎨", "赤い 円", "圆形", "n°5", "3.14", "1,000", "naïve", "cafe\u0301", "ﬁne", "\t", "  ", "\n",
+              "#tag", "(x:1.2)", "--ar 16:9", "ＡＢＣ", "Ünïcode", "🇯🇵", "e\u0301te\u0301", "https://x.y/z?q=1", "…", "½",
+              "ß", "schÃ¶n", "&quot;"]
     rng = np.random.default_rng(0)
     prompts = [" ".join(rng.choice(pieces, rng.integers(0, 9))) for _ in range(1000)]
     _, _, folder = clip
@@ -379,7 +384,8 @@ def test_tokens_of_a_thousand_prompts(clip):
 
     for reward, clean in ((plain, hf), (cleaned, openai)):
         found = reward.prepare(rows_of(prompts))
-        wrong = [prompt for prompt, ids in zip(prompts, found) if ids.tolist() != bpe(folder, clean(prompt), MAX_LENGTH)]
+        wrong = [prompt for prompt, ids in zip(prompts, found, strict=True)
+                 if ids.tolist() != bpe(folder, clean(prompt), MAX_LENGTH)]
         assert not wrong, (len(wrong), wrong[:3])
     assert (plain.prepare(rows_of(prompts)) != cleaned.prepare(rows_of(prompts))).any(axis=1).sum() > 100
 
@@ -397,7 +403,8 @@ def test_pickle_is_not_reachable_otherwise():
     from dancegrpo_jax.models.files.torch_file import _Unpickler
     for (module, name), target in _Unpickler.KNOWN.items():
         assert module in ("collections", "torch._utils", "torch") and "load" not in name
-        assert target is OrderedDict or target.__module__ == "dancegrpo_jax.models.files.torch_file" or not callable(target), name
+        ours = not callable(target) or target.__module__ == "dancegrpo_jax.models.files.torch_file"
+        assert target is OrderedDict or ours, name
 
 
 # ------------------------------------------------------------------------------------------------- launch/score.py
@@ -415,13 +422,15 @@ def test_score_command(clip, tmp_path, capsys):
     for i, image in enumerate(pixels):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     prompts = ["a red circle", "two blue squares", "a green star"]
-    (tmp_path / "index.jsonl").write_text("".join(json.dumps({"file": f"{i}.png", "prompt": p}) + "\n" for i, p in enumerate(prompts)))
+    lines = [json.dumps({"file": f"{i}.png", "prompt": prompt}) + "\n" for i, prompt in enumerate(prompts)]
+    (tmp_path / "index.jsonl").write_text("".join(lines))
     rewards = json.dumps({"clip_score": {"model": str(clip[2])}, "color": {}})
-    argv = ["score.py", f"--index={tmp_path / 'index.jsonl'}", f"--rewards={rewards}", f"--out={tmp_path / 'out.csv'}", "--batch=8"]
+    argv = ["score.py", f"--index={tmp_path / 'index.jsonl'}", f"--rewards={rewards}", f"--out={tmp_path / 'out.csv'}",
+            "--batch=8"]
     assert score.main(argv) == 0
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
     assert [row["prompt"] for row in rows] == prompts
-    for row, image, prompt in zip(rows, pixels, prompts):
+    for row, image, prompt in zip(rows, pixels, prompts, strict=True):
         for name, (values, _) in RewardSet(json.loads(rewards))(from_images(image[None, None]), rows_of([prompt])).items():
             np.testing.assert_allclose(float(row[name]), np.asarray(values)[0, 0], atol=1e-6)
     assert "clip_score" in capsys.readouterr().out

@@ -40,7 +40,7 @@ MEDIA, ROWS = from_images(IMAGES), rows_of(PROMPTS)
 def level(images, prompts, factor=1.0):
     """Grey level plus 1000 for each letter of the prompt: says which image met which prompt."""
     assert images.dtype == np.uint8 and images.shape[1:] == (8, 6, 3) and len(images) == len(prompts)
-    return [factor * image[0, 0, 0] + 1000 * len(prompt) for image, prompt in zip(images, prompts)]
+    return [factor * image[0, 0, 0] + 1000 * len(prompt) for image, prompt in zip(images, prompts, strict=True)]
 
 
 def tagged(images, prompts, metadata=None):
@@ -101,7 +101,8 @@ def path(name):
 
 def score(config, images=IMAGES, prompts=PROMPTS, metadata=None):
     rewards = RewardSet(config)
-    rows = [row._replace(fields=fields) for row, fields in zip(rows_of(prompts), metadata or [{}] * len(prompts))]
+    metadata = metadata or [{}] * len(prompts)
+    rows = [row._replace(fields=fields) for row, fields in zip(rows_of(prompts), metadata, strict=True)]
     try:
         return rewards, rewards(images if isinstance(images, Media) else from_images(images), rows)
     finally:
@@ -718,7 +719,7 @@ def test_every_sample_is_scored_by_one_process_that_holds_it(spec, order):
     assert np.bincount(owner.ravel(), minlength=processes).tolist() == [32 // processes] * processes
     # Prompts that processes hold as a whole or not at all are not split.
     whole = (holders.all(2) == holders.any(2)).all(0)
-    assert all(len(set(samples)) == 1 for samples, kept in zip(owner.tolist(), whole) if kept)
+    assert all(len(set(samples)) == 1 for samples, kept in zip(owner.tolist(), whole, strict=True) if kept)
 
 
 def test_pixels_cut_within_a_sample_are_refused():
@@ -815,7 +816,7 @@ def test_clip_score(clip_folder):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     prompts = ["a red circle", "two crosses", "a blue square above a green circle"]
     images = np.random.default_rng(0).random((P, 2, 16, 16, 3), dtype=np.float32)
-    rewards, scores = score({"clip_score": {"model": clip_folder}}, images, prompts)
+    _, scores = score({"clip_score": {"model": clip_folder}}, images, prompts)
     model = transformers.CLIPModel.from_pretrained(clip_folder)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(clip_folder)
     pixels = (images.reshape(-1, 16, 16, 3) - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)

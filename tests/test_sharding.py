@@ -108,7 +108,7 @@ def unet():
     graphdef = split(nnx.eval_shape(lambda: UNet2DConditionModel(UNET, rngs=nnx.Rngs(0))))[0]
     params = random_params(UNet2DConditionModel, UNET)
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
+    draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
     inputs = draw(BATCH, 6, 10, 4), np.linspace(1, 999, BATCH, dtype=np.float32), draw(BATCH, TEXT, 32), draw(BATCH, 6, 10, 4)
     return graphdef, params, inputs, unet_gradients(graphdef, params, inputs)
 
@@ -147,7 +147,7 @@ def test_parameters_are_split():
 
 def flux_inputs():
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
+    draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
     return (draw(BATCH, 15, 8), draw(BATCH, TEXT, 24), draw(BATCH, 16), np.full(BATCH, 700, np.float32)), draw(BATCH, 15, 8)
 
 
@@ -187,7 +187,7 @@ def test_flux_with_tokens_and_heads_over_devices(flux, kernel, monkeypatch):
 def test_token_layout_joins_and_separates(parts):
     layout = TokenLayout(TEXT, *GRID, parts)
     text, image = np.arange(TEXT)[None, :, None] + 1, np.arange(15)[None, :, None] + 101
-    pad = lambda x: np.pad(x, ((0, 0), (0, -x.shape[1] % parts), (0, 0)))
+    pad = lambda x: np.pad(x, ((0, 0), (0, -x.shape[1] % parts), (0, 0)))  # noqa: E731
     joined = layout.join(pad(text), pad(image))
     for whole, part in zip((pad(text), pad(image)), layout.separate(joined), strict=True):
         np.testing.assert_array_equal(part, whole)

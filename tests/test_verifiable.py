@@ -28,7 +28,8 @@ def test_prompts(prompt, task, demands):
     assert parse_prompt(prompt) == (task, demands)
 
 
-@pytest.mark.parametrize("prompt", ["a red circle", "a photo of", "a photo of a dog and a cat and a cow", "a photo of a red dog and a cat", ""])
+@pytest.mark.parametrize("prompt", ["a red circle", "a photo of", "a photo of a dog and a cat and a cow",
+                                    "a photo of a red dog and a cat", ""])
 def test_other_prompts_are_refused(prompt):
     with pytest.raises(ValueError, match="grammar"):
         parse_prompt(prompt)
@@ -101,7 +102,8 @@ def test_reward():
     np.testing.assert_array_equal(scores["strict"][0][0], [0, 0, 1, 0])
     np.testing.assert_array_equal(scores["soft"][0][0], [0, 0.5, 1, 0.5])
     np.testing.assert_array_equal(scores["soft"][1], [[True] * 4, [False] * 4])
-    for options, message in (({"detector": "nowhere:x"}, "cannot be imported"), ({"detector": "os:path", "mode": "x"}, "mode is 'x'")):
+    for options, message in (({"detector": "nowhere:x"}, "cannot be imported"),
+                             ({"detector": "os:path", "mode": "x"}, "mode is 'x'")):
         with pytest.raises(ValueError, match=message):
             build("geneval", options)
     assert geneval.TASKS[0] == "single_object"
@@ -110,8 +112,8 @@ def test_reward():
 # ------------------------------------------------------------------------------------------------- text
 
 
-@pytest.mark.parametrize(("a", "b", "distance"), [("", "", 0), ("abc", "", 3), ("", "abc", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2),
-                                                  ("abc", "abc", 0), ("abcdef", "azced", 3)])
+@pytest.mark.parametrize(("a", "b", "distance"), [("", "", 0), ("abc", "", 3), ("", "abc", 3), ("kitten", "sitting", 3),
+                                                  ("flaw", "lawn", 2), ("abc", "abc", 0), ("abcdef", "azced", 3)])
 def test_edit_distance(a, b, distance):
     assert edit_distance(a, b) == edit_distance(b, a) == distance
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from dancegrpo_jax import guidance
 from dancegrpo_jax.algorithms.advantages import combine_advantages, reward_diagnostics
 from dancegrpo_jax.guidance import Cond
-from dancegrpo_jax.options import POSITIVE, one_of, option
+from dancegrpo_jax.options import POSITIVE, ConfigError, one_of, option
 from dancegrpo_jax.registry import COMBINE
 from dancegrpo_jax.rollout import Trajectory, step
 from dancegrpo_jax.sde import Kernel, Schedule
@@ -55,12 +55,14 @@ class Context(NamedTuple):
 
 @dataclass(frozen=True)
 class Algorithm:
-    """Base class. Only `examples` and `loss` must be given."""
+    """Base class. Only `examples_per_sample`, `examples` and `loss` must be given."""
 
     combine: str = option("advantages", one_of(*COMBINE), "how several rewards make one advantage")
     advantage_clip: float = option(5.0, POSITIVE, "limit of the absolute advantage")
 
+    smallest_group: ClassVar[int] = 2  # samples of a prompt, so that advantages mean something
     keeps_trajectory: ClassVar[bool] = True  # or only the final samples
+    noisy_rollouts: ClassVar[bool] = True  # or an ODE's, where only the initial noise tells samples apart
     copies: ClassVar[tuple[str, ...]] = ()  # slow copies of the trained weights, kept and saved with the run
     behaviour: ClassVar[str | None] = None  # the copy that samples the rollouts; None: the trained weights
     rescore: ClassVar[str] = "never"  # whose log-probabilities are the old ones: `trajectory.TrajectoryAlgorithm`
@@ -81,6 +83,9 @@ class Algorithm:
 
     def check(self, steps: int, group: int, where: str) -> None:
         """Options against the sampler's steps and the group. Raises: ConfigError; `where` is their place in the config."""
+        if group < self.smallest_group:
+            raise ConfigError(f"config.data.group_size={group}: must be >= {self.smallest_group} for {where}, whose advantages "
+                              "compare the samples of a prompt")
 
     def plan(self, schedule: Schedule, iteration: int) -> Schedule:
         """Which steps of the rollout are noisy in this iteration."""
@@ -113,7 +118,7 @@ class Algorithm:
         raise NotImplementedError
 
     def rescored(self, context: Context, weights, pairs, samples):
-        """The pairs [M, ...] with the log-probabilities that these weights give (`rescore`), and the largest change of a ratio."""
+        """The pairs [M, ...] with the log-probabilities that these weights give, and the largest change of a ratio by it."""
         raise NotImplementedError
 
     def loss(self, context: Context, weights, pairs, samples, key) -> tuple[jax.Array, dict[str, jax.Array]]:

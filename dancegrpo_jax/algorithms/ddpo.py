@@ -1,6 +1,7 @@
 """DDPO (Black et al. 2023, arXiv:2305.13301): advantages against running statistics of each prompt, the clipped objective."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ class DDPO(TrajectoryAlgorithm):
     timestep_fraction: float = option(1.0, between(0, 1, ends="(]"), "share of the steps that is trained, per sample")
     buffer: int = option(32, at_least(1), "rewards that are remembered of each prompt")
     min_count: int = option(16, at_least(1), "rewards from which on a prompt's own statistics are used")
+
+    smallest_group: ClassVar[int] = 1
 
     def memory(self, prompts, rewards):
         """{reward: {"values": [prompts, buffer], a ring; "count": how many were ever written [prompts]}}."""

@@ -1,4 +1,4 @@
-"""GRPO over SDE rollouts (DanceGRPO, arXiv:2505.07818; Flow-GRPO, arXiv:2505.05470; with a window MixGRPO, arXiv:2507.21802)."""
+"""GRPO over SDE rollouts (DanceGRPO, arXiv:2505.07818; Flow-GRPO, 2505.05470; with a window MixGRPO, 2507.21802)."""
 
 from dataclasses import dataclass
 

@@ -21,15 +21,19 @@ SMALLEST = 1e-5  # of the weights that make the losses of all noise levels alike
 
 @dataclass(frozen=True)
 class DiffusionNFT(Algorithm):
-    """`advantage_clip` is the method's A_max. It trains guidance away: sample and train with guidance_scale 1."""
+    """`advantage_clip` is the method's A_max. It trains guidance away: sample and train with guidance_scale 1.
+
+    Rollouts are an ODE's, so samples must differ in their initial noise: sampler.shared_noise=false.
+    """
 
     levels: int = option(4, at_least(1), "noise levels of the sampler's grid that each sample is trained at")
     beta: float = option(1.0, POSITIVE, "distance of the two implicit policies from the old one; 0.1 for several rewards")
     kl_beta: float = option(1e-4, at_least(0), "weight of the squared distance from the base model's prediction")
-    old: str = option("early", one_of("early", "late"), "how the copy that samples follows: early = keeps min(0.001 i, 0.5) of itself "
-                      "after iteration i, late = nothing until iteration 75, then min(0.0075 (i - 75), 0.999)")
+    old: str = option("early", one_of("early", "late"), "how the copy that samples follows: early = keeps min(0.001 i, 0.5) of "
+                      "itself after iteration i, late = nothing until iteration 75, then min(0.0075 (i - 75), 0.999)")
 
     keeps_trajectory: ClassVar[bool] = False
+    noisy_rollouts: ClassVar[bool] = False
     copies: ClassVar[tuple[str, ...]] = ("old",)
     behaviour: ClassVar[str | None] = "old"
     headline: ClassVar[tuple[str, ...]] = ("loss", "grad_norm", "kl_base")
@@ -42,9 +46,10 @@ class DiffusionNFT(Algorithm):
         return self.levels
 
     def check(self, steps, group, where):
+        super().check(steps, group, where)
         if self.levels > usable(steps):
-            raise ConfigError(f"config.{where}.levels={self.levels}: a sampler of {steps} steps has {usable(steps)} levels to train at; "
-                              "lower it or raise config.sampler.steps")
+            raise ConfigError(f"config.{where}.levels={self.levels}: a sampler of {steps} steps has {usable(steps)} levels to "
+                              "train at; lower it or raise config.sampler.steps")
 
     def plan(self, schedule, iteration):
         return sde.deterministic(schedule)

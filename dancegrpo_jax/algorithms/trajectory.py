@@ -41,8 +41,8 @@ class TrajectoryAlgorithm(Algorithm):
     window: int = option(0, at_least(0), "noisy and trained steps only within a moving window of this size; 0 = all")
     window_stride: int = option(1, at_least(1), "steps by which the window moves")
     window_interval: int = option(25, at_least(1), "iterations between two moves of the window")
-    rescore: str = option("auto", one_of("auto", "always", "never"), "with several updates a rollout, old log-probabilities of the "
-                          "update instead of the rollout: never, always (one more forward pass), or auto, if they differ")
+    rescore: str = option("auto", one_of("auto", "always", "never"), "with several updates a rollout, old log-probabilities of "
+                          "the update instead of the rollout: never, always (one more forward pass), or auto, if they differ")
 
     headline: ClassVar[tuple[str, ...]] = ("ratio/mean", "ratio/min", "ratio/max", "clip_fraction/low", "clip_fraction/high")
 
@@ -54,12 +54,13 @@ class TrajectoryAlgorithm(Algorithm):
         return self.best_of or group
 
     def check(self, steps, group, where):
+        super().check(steps, group, where)
         if self.window > steps - 1:
-            raise ConfigError(f"config.{where}.window={self.window}: must be 0..{steps - 1} (config.sampler.steps - 1: the last step is "
-                              "never trained); lower it, or set 0 for all steps")
+            raise ConfigError(f"config.{where}.window={self.window}: must be 0..{steps - 1} (config.sampler.steps - 1: the "
+                              "last step is never trained); lower it, or set 0 for all steps")
         if self.best_of > group:
-            raise ConfigError(f"config.{where}.best_of={self.best_of}: must be 0 or an even number up to config.data.group_size="
-                              f"{group}; lower it or raise the group size")
+            raise ConfigError(f"config.{where}.best_of={self.best_of}: must be 0 or an even number up to "
+                              f"config.data.group_size={group}; lower it or raise the group size")
 
     def plan(self, schedule, iteration):
         if not self.window:

@@ -26,7 +26,7 @@ from dancegrpo_jax.aot.topology import Topology, get_topology
 from dancegrpo_jax.config import ConfigError, validate
 from dancegrpo_jax.learner import Batch, Learner, TrainState
 from dancegrpo_jax.pipelines.base import Pipeline
-from dancegrpo_jax.session import Session
+from dancegrpo_jax.session import Session, as_returned
 
 PHASES = ("encode", "rollout", "decode", "reward", "join", "examples", "rescore", "update", "copies")
 NETWORK = ("trainable", "frozen denoiser")
@@ -38,6 +38,7 @@ USES = {"encode": ("text encoders",), "rollout": NETWORK, "decode": ("codec",), 
 COLLECTING, LEARNING = ("chunks", "images"), ("trajectory", "conditioning", "shown", "examples")
 log = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parents[1] / "architectures"  # configs of released pipelines, by hub id
+
 
 @dataclasses.dataclass
 class Phase:
@@ -96,6 +97,15 @@ def offline_config(config):
 
 def _sharded(leaf, where):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def _place(leaf):
+    """How an array is split, the same for all ways to say it."""
+    where = getattr(leaf, "sharding", None)
+    if not isinstance(where, NamedSharding):
+        return where
+    spec = as_returned(where).spec
+    return (*spec, *(None,) * (len(leaf.shape) - len(spec)))
 
 
 def _unsharded(leaf):
@@ -162,7 +172,8 @@ class Compiler:
 
     def __call__(self, name: str, function, *args, **kwargs):
         leaves, structure = jax.tree.flatten((args, kwargs))
-        asked = name, function, structure, tuple((getattr(leaf, "shape", leaf), getattr(leaf, "dtype", None)) for leaf in leaves)
+        asked = name, function, structure, tuple((leaf.shape, leaf.dtype, _place(leaf)) if hasattr(leaf, "shape") else leaf
+                                                 for leaf in leaves)
         if asked not in self.known:
             self.known[asked] = self.compile(name, function, *args, **kwargs)
         phase, result = self.known[asked]
@@ -173,13 +184,13 @@ class Compiler:
         mesh, kind = self.run.mesh, name.partition(" ")[0]
         devices, parts = mesh.size, sharding.batch_devices(mesh)
         phase = Phase(name, 0, USES.get(kind, ()))
-        if kind not in PHASES or " " in name and kind != "reward":  # small ones are part of no sum
+        if kind not in PHASES or (" " in name and kind != "reward"):  # small ones are part of no sum
             with jax.set_mesh(mesh), low_effort():
                 return phase, compile_phase(phase, function, *args, parallel=devices, devices=devices, **kwargs)
         if self.only and kind not in self.only:
             with jax.set_mesh(mesh):
                 return phase, self.by_sample(kind, function.trace(*args, **kwargs).out_info)
-        log.info("compiling %s for %s", name, self.run.topology.name)
+        log.info("compiling %s for %s", name, getattr(self.run.topology, "name", mesh))
         self.run.phases.append(phase)
         start = time.process_time()
         if kind in ("encode", "rollout", "update", "rescore"):
@@ -211,7 +222,11 @@ class Compiler:
 
         def params(tree):
             return jax.tree.map(_sharded, tree, sharding.param_shardings(tree, mesh, self.run.rules))
-        placed = {Batch: lambda batch: Batch(split(batch.pairs, 2), split(batch.samples, 0), split(batch.cond, 0)), TrainState: params}
+        placed = {Batch: lambda batch: Batch(split(batch.pairs, 2), *split((batch.samples, batch.cond), 0)), TrainState: params}
+        if kind == "decode":  # split by sample, then by prompt and sample as the compiler does it
+            flat = jax.ShapeDtypeStruct((math.prod(result.shape[:2]), *result.shape[2:]), result.dtype)
+            group = jax.jit(lambda pixels: pixels.reshape(result.shape)).lower(split(flat, 0)).compile()
+            return _sharded(result, group.output_shardings)
         if type(result) is tuple:
             return tuple(placed.get(type(part), lambda part: split(part, 0))(part) for part in result)
         return params(result) if kind == "copies" else split(result, 1 if kind in ("rollout", "join") else 0)
@@ -249,7 +264,7 @@ def compile_on(config, mesh, topology: Topology | None, only: Sequence[str] = ()
         "trainable": device_bytes(state.trainable), "optimizer": device_bytes(state.opt_state), "ema": device_bytes(state.ema),
         "copies": device_bytes(state.copies), "reference": device_bytes(session.reference), "frozen denoiser": held("denoiser"),
         "codec": held("codec"), "text encoders": held("text"),
-        "rewards": sum(device_bytes(reward.params) for reward in session.rewards.rewards.values() if getattr(reward, "params", None))}
+        "rewards": device_bytes(session.rewards.params)}
     with contextlib.suppress(OutOfMemory):
         call = Compiler(run, session, only)
         plan, key = session.replicated(session.algorithm.plan(session.schedule, 0)), session.key(0)
@@ -274,7 +289,7 @@ def _count_resident(run: Run) -> None:
     def alive(name, phase):
         kind = phase.name.partition(" ")[0]
         learns = kind in ("join", "examples", "rescore", "update", "copies")
-        return not (name in COLLECTING and learns and kind != "join" or name in LEARNING and not learns)
+        return kind == "join" or not learns if name in COLLECTING else learns or name not in LEARNING
     for phase in run.phases:
         phase.resident = sum(size for name, size in run.resident.items() if name not in phase.uses and alive(name, phase))
 

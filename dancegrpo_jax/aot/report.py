@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from dancegrpo_jax.aot import roofline
 from dancegrpo_jax.aot.phases import Phase, Run
-from dancegrpo_jax.config import evaluators_of
+from dancegrpo_jax.config import algorithm_of, evaluators_of
 
 USABLE = 0.9  # share of the limit; the rest is for fragmentation and what is not counted
 GB, TERA = 1e9, 1e12
@@ -59,13 +59,17 @@ def _iteration(run: Run, phases: list[dict]) -> dict:
     bound, expected = total("seconds", "bound"), total("seconds", "expected")
     parts = {phase["name"]: phase["calls"] * phase["seconds"]["expected"] for phase in phases}
     hours = config.steps * expected / 3600
+    # "auto" computes old log-probabilities anew until an iteration has shown that it need not: only a run can tell.
+    spared = parts.get("rescore", 0.0) if algorithm_of(config).rescore == "auto" else 0.0
     return {
         "expected_seconds": expected, "bound_seconds": bound, "parts_expected_seconds": parts,
         "model_flops": total("model_flops", "") * chips, "hardware_flops": total("flops", "") * chips,
         "mfu": total("model_flops", "") / expected / peak, "hfu": total("flops", "") / expected / peak,
         "mfu_bound": total("model_flops", "") / bound / peak,
         "samples_per_second": config.data.prompts_per_step * config.data.group_size / expected,
-        "iterations": config.steps, "hours": hours, "chip_hours": hours * chips}
+        "iterations": config.steps, "hours": hours, "chip_hours": hours * chips} | ({
+            "expected_seconds_without_rescore": expected - spared,
+            "hours_without_rescore": config.steps * (expected - spared) / 3600} if spared else {})
 
 
 def _notes(run: Run) -> list[str]:
@@ -77,8 +81,8 @@ def _notes(run: Run) -> list[str]:
                      f"lower config.data.chunks={config.data.chunks} or raise config.data.prompts_per_step")
     for name, evaluator in evaluators_of(config).items():
         if evaluator.batch % parts:
-            notes.append(f"config.evals.{name}.batch={evaluator.batch} does not divide over {parts} devices: evaluation is computed "
-                         f"by each of them; set it to a multiple of {parts}")
+            notes.append(f"config.evals.{name}.batch={evaluator.batch} does not divide over {parts} devices: evaluation is "
+                         f"computed by each of them; set it to a multiple of {parts}")
     if len(run.topology.shape) == 3 and min(run.topology.shape) > 2 and shape["fsdp"] == len(run.topology.devices):
         notes.append("fsdp over a whole 3-D torus: the compiler gathers weights by all-reduce, twice the traffic; split the "
                      "devices between config.mesh.data and config.mesh.fsdp")
@@ -94,9 +98,10 @@ def text(summary: dict, title: str) -> str:
     lines = [f"{title} on {summary['topology']}: {summary['chips']} chips, mesh {mesh}", PREDICTION, "",
              summary["verdict"]]
     if "donated" in summary:
-        lines.append(f"donation: the update reuses {summary['donated']:.1%} of the state's {summary['state_bytes'] / GB:.2f} GB")
-    lines.append("resident GB a chip: " + ", ".join(f"{name} {size / GB:.2f}" for name, size in summary["resident_bytes"].items()
-                                                    if size >= 5e6))
+        state = summary["state_bytes"] / GB
+        lines.append(f"donation: the update reuses {summary['donated']:.1%} of the state's {state:.2f} GB")
+    lines.append("resident GB a chip: " + ", ".join(
+        f"{name} {size / GB:.2f}" for name, size in summary["resident_bytes"].items() if size >= 5e6))
     lines += ["", f"{'GB a chip':16}{'argument':>9}{'output':>8}{'alias':>8}{'temp':>8}{'code':>7}{'peak':>8}{'resident':>10}"
                   f"{'total':>8}"]
     for phase in summary["phases"]:
@@ -106,7 +111,7 @@ def text(summary: dict, title: str) -> str:
             continue
         cells = [memory[name] / GB for name in ("argument", "output", "alias", "temp", "code", "peak")]
         widths = (9, 8, 8, 8, 7, 8)
-        lines.append(f"{phase['name']:16}" + "".join(f"{cell:{width}.2f}" for cell, width in zip(cells, widths))
+        lines.append(f"{phase['name']:16}" + "".join(f"{cell:{width}.2f}" for cell, width in zip(cells, widths, strict=True))
                      + f"{phase['resident_bytes'] / GB:10.2f}{phase['total_bytes'] / GB:8.2f}")
     lines += ["", f"{'one execution':16}{'calls':>6}{'TFLOP':>9}{'model':>9}{'XLA':>8}{'HBM GB':>9}{'compute':>9}{'memory':>8}"
                   f"{'ici':>8}{'bound':>8}{'expected s':>11}"]
@@ -125,16 +130,24 @@ def text(summary: dict, title: str) -> str:
         if moved:
             lines.append(f"  {phase['name']:14}" + "; ".join(moved))
     if "iteration" in summary:
-        run = summary["iteration"]
-        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in run["parts_expected_seconds"].items() if seconds >= 0.005)
-        lines += ["", f"iteration: {run['expected_seconds']:.1f} s expected ({parts}), {run['bound_seconds']:.1f} s at the bound",
-                  f"MFU {run['mfu']:.1%} expected ({run['mfu_bound']:.1%} at the bound), with recomputation {run['hfu']:.1%}; "
-                  f"{run['samples_per_second']:.2f} samples/s",
-                  f"{run['iterations']} iterations: {run['hours']:.2f} h, {run['chip_hours']:.0f} chip-hours"]
+        lines += ["", *_iteration_text(summary["iteration"])]
     if "largest_microbatch" in summary:
         lines.append(f"largest config.optim.microbatch that fits: {summary['largest_microbatch'] or 'none'}")
     lines += [f"note: {note}" for note in summary["notes"]]
     return "\n".join(lines)
+
+
+def _iteration_text(run: dict) -> list[str]:
+    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in run["parts_expected_seconds"].items() if seconds >= 0.005)
+    lines = [f"iteration: {run['expected_seconds']:.1f} s expected ({parts}), {run['bound_seconds']:.1f} s at the bound",
+             f"MFU {run['mfu']:.1%} expected ({run['mfu_bound']:.1%} at the bound), with recomputation {run['hfu']:.1%}; "
+             f"{run['samples_per_second']:.2f} samples/s",
+             f"{run['iterations']} iterations: {run['hours']:.2f} h, {run['chip_hours']:.0f} chip-hours"]
+    if "expected_seconds_without_rescore" in run:
+        short, hours = run["expected_seconds_without_rescore"], run["hours_without_rescore"]
+        lines.append(f"rescore=auto: {run['expected_seconds']:.1f} s with the phase rescore, as in the first iteration; "
+                     f"{short:.1f} s ({hours:.2f} h) once that has shown that rollout and update round alike")
+    return lines
 
 
 def table(titles: Sequence[str], summaries: Sequence[dict]) -> str:
@@ -150,8 +163,8 @@ def table(titles: Sequence[str], summaries: Sequence[dict]) -> str:
             run = summary["iteration"]
             parts = run["parts_expected_seconds"]
             cells += [f"{parts['rollout']:.1f}, {parts['update']:.1f}, {run['expected_seconds']:.1f}",
-                      f"{run['bound_seconds']:.1f}",
-                      f"{run['mfu']:.0%}", f"{run['samples_per_second']:.2f}", f"{run['hours']:.2f}", f"{run['chip_hours']:.0f}"]
+                      f"{run['bound_seconds']:.1f}", f"{run['mfu']:.0%}", f"{run['samples_per_second']:.2f}",
+                      f"{run['hours']:.2f}", f"{run['chip_hours']:.0f}"]
         else:
             cells += [summary["verdict"].partition("(")[2].rstrip(")")] + [""] * 5
         lines.append("| " + " | ".join(cells) + " |")

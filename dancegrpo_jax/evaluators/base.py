@@ -1,7 +1,7 @@
 """The Evaluator contract: what is measured on samples of held-out rows, how often, and by which rewards.
 
-An evaluator is a frozen dataclass; its fields are its options in `config.evals`, {name: {"type": ..., options}}. Its numbers are
-logged as "<name>/<what>". A new one is one file with `run`, and a line in `registry.EVALUATORS`.
+An evaluator is a frozen dataclass; its fields are its options in `config.evals`, {name: {"type": ..., options}}. Its numbers
+are logged as "<name>/<what>". A new one is one file with `run`, and a line in `registry.EVALUATORS`.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,10 @@ class Evaluator:
     batch: int = option(16, at_least(1), "rows sampled at a time; the last batch is padded")
     every: int = option(0, at_least(0), "iterations between two evaluations; 0 = only at the start and the end")
     rewards: dict = option({}, ANY, "as config.rewards; {} = the training rewards, whose networks are shared either way")
+
+    def due(self, step: int) -> bool:
+        """Whether it is its turn after iteration `step`, between the start and the end."""
+        return bool(self.every) and step % self.every == 0
 
     def run(self, batches: Iterator[tuple[list[Row], Media, int]], rewards) -> dict[str, float]:
         """Numbers by name.

@@ -90,7 +90,8 @@ def convolve(x, kernel, padding):
 
 def _convolve_backward(padding, saved, g):
     x, kernel = saved
-    whole = [(size - 1 - low, size - 1 - high) for size, (low, high) in zip(kernel.shape, padding)]
+    sizes = kernel.shape[:len(padding)]
+    whole = [(size - 1 - low, size - 1 - high) for size, (low, high) in zip(sizes, padding, strict=True)]
     flipped = jnp.flip(kernel, tuple(range(len(padding)))).swapaxes(-2, -1)
     of_x = _convolve(g, flipped, _ones(kernel), whole)
     of_kernel = _convolve(x.swapaxes(0, -1), jnp.moveaxis(g, 0, -2), _ones(kernel), padding)  # channels as samples

@@ -73,9 +73,10 @@ class Pipeline:
     defaults: Defaults
     fps = 0.0
 
-    def __init__(self, folder, *, height: int = 0, width: int = 0, dtype="float32", remat: str = "full", guidance_scale: float = 1.0,
-                 embedded_guidance: float = 0.0, negative_prompt: str = "", text_length: int = 0, time_rounding: str = "exact",
-                 decode_batch: int = 0, decode_tile: int = 0, parts: Mapping | None = None, lora: Mapping | None = None):
+    def __init__(self, folder, *, height: int = 0, width: int = 0, dtype="float32", remat: str = "full",
+                 guidance_scale: float = 1.0, embedded_guidance: float = 0.0, negative_prompt: str = "", text_length: int = 0,
+                 time_rounding: str = "exact", decode_batch: int = 0, decode_tile: int = 0, parts: Mapping | None = None,
+                 lora: Mapping | None = None):
         """Reads configs, no weights. The settings are those of `config.model` and `config.sampler`; 0 pixels: the default size.
 
         Args:
@@ -87,7 +88,8 @@ class Pipeline:
         self.parts = self.declare()
         self.elsewhere = {name: find_folder(path, f"model.parts.{name}") for name, path in (parts or {}).items()}
         if unknown := set(self.elsewhere) - set(self.parts):
-            raise ConfigError(f"config.model.parts: {unknown.pop()!r} is no part of this pipeline; it has {', '.join(self.parts)}")
+            raise ConfigError(f"config.model.parts: {unknown.pop()!r} is no part of this pipeline; it has "
+                              f"{', '.join(self.parts)}")
         self.height, self.width = height or self.defaults.height, width or self.defaults.width
         self.dtype, self.remat = jnp.dtype(dtype), remat
         self.guidance_scale, self.embedded_guidance = float(guidance_scale), float(embedded_guidance)
@@ -103,7 +105,8 @@ class Pipeline:
             self.lora_scale = lora["alpha"] / lora["rank"]
             for name in self.named("denoiser"):
                 add_lora(models[name], lora["rank"], lora["alpha"], lora["targets"])
-        self.sharding = tuple(dict.fromkeys(rule for name in self.named("denoiser") for rule in self.parts[name].module.SHARDING))
+        self.sharding = tuple(dict.fromkeys(rule for name in self.named("denoiser")
+                                            for rule in self.parts[name].module.SHARDING))
         self.graphs, self.shapes = {}, {}  # of each part; of a denoiser with adapters (what is trained, the rest)
         for name, model in models.items():
             filters = (LoRAParam, ...) if lora and name in self.named("denoiser") else ()
@@ -111,8 +114,9 @@ class Pipeline:
         self.latent_shape, self.multiple = self.geometry()
         for side, size in (("height", self.height), ("width", self.width)):
             if size % self.multiple:
-                raise ConfigError(f"config.model.{side}={size}: must be a multiple of {self.multiple} pixels for this model; near "
-                                  f"are {max(size // self.multiple, 1) * self.multiple} and {(size // self.multiple + 1) * self.multiple}")
+                below = size // self.multiple * self.multiple
+                raise ConfigError(f"config.model.{side}={size}: must be a multiple of {self.multiple} pixels for this model; "
+                                  f"near are {below or self.multiple} and {below + self.multiple}")
 
     # ---------------------------------------------------------------- what a base model says of itself
 
@@ -145,7 +149,7 @@ class Pipeline:
     # ---------------------------------------------------------------- inputs, conditioning, pixels
 
     def inputs(self, rows: Sequence[Row]) -> dict:
-        """On the host: {"positive": token ids {encoder: int32 [P, L]}}, with guidance also "negative", one for all or one a row.
+        """On the host: {"positive": token ids {encoder: int32 [P, L]}}; with guidance "negative", one for all or one a row.
 
         A negative prompt is the row's field `negative_prompt`, else `config.model.negative_prompt`.
         """
@@ -159,9 +163,9 @@ class Pipeline:
         own = [row.fields.get("negative_prompt") for row in rows]
         return [self.negative_prompt if text is None else str(text) for text in own] if any(own) else [self.negative_prompt]
 
-    def abstract_inputs(self, rows: int) -> dict:
+    def abstract_inputs(self, rows: Sequence[Row]) -> dict:
         """Shapes and dtypes of `inputs`, without tokenizers."""
-        counts = {"positive": rows} | ({"negative": 1} if self.guidance_scale != 1 else {})
+        counts = {"positive": len(rows)} | ({"negative": len(self.negatives(rows))} if self.guidance_scale != 1 else {})
         return {part: {name: jax.ShapeDtypeStruct((count, length), np.int32) for name, length in self.lengths.items()}
                 for part, count in counts.items()}
 
@@ -174,7 +178,7 @@ class Pipeline:
         return merge(self.graphs[name], frozen[name])(tokens[name], self.dtype)
 
     def encode(self, frozen, pixels, key):
-        """Pixels [B, F, H, W, 3] in [0, 1] to latents [B, *latent_shape] on the denoiser's scale, sampled from the posterior."""
+        """Pixels [B, F, H, W, 3] in [0, 1] to latents [B, *latent_shape] on the denoiser's scale, a sample of the posterior."""
         codec = self.codec(frozen)
         frames = pixels.reshape(-1, *pixels.shape[2:])  # a codec of pictures takes frames as samples
         mean, logvar = codec.encode((2 * frames - 1).astype(self.dtype))
@@ -300,7 +304,8 @@ def find_folder(folder: str | os.PathLike, key: str = "model.folder", *, weights
     """
     try:  # the pipelines' parts lie in folders; single files beside them hold the same weights once more
         patterns = PATTERNS if weights else CONFIGS
-        path = find_in_hub(folder, root=PACKAGE.parent, patterns=["model_index.json", *(f"*/{pattern}" for pattern in patterns)])
+        patterns = ["model_index.json", *(f"*/{pattern}" for pattern in patterns)]
+        path = find_in_hub(folder, root=PACKAGE.parent, patterns=patterns)
     except CheckpointError as error:
         raise CheckpointError(f"config.{key}: {error}") from error
     if not path.is_dir():
@@ -317,8 +322,8 @@ def pipeline_class(folder, name: str = "") -> type[Pipeline]:
         return registry.resolve(registry.PIPELINES, name, "model.pipeline")
     index = find_folder(folder) / "model_index.json"
     if not index.exists():
-        raise CheckpointError(f"{index}: no such file, so the kind of pipeline is not known; copy it, or set --config.model.pipeline "
-                              f"to one of {', '.join(registry.PIPELINES)}")
+        raise CheckpointError(f"{index}: no such file, so the kind of pipeline is not known; copy it, or set "
+                              f"--config.model.pipeline to one of {', '.join(registry.PIPELINES)}")
     found = read_json(index).get("_class_name")
     if found not in registry.PIPELINES:
         raise CheckpointError(f"{index}: no support for a {found}; known are {', '.join(registry.PIPELINES)}, or your own with "

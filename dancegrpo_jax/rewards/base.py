@@ -88,7 +88,7 @@ class Reward:
             log.warning("reward %r could not score %d samples: %s", self.name, count, message)
 
         with ThreadPoolExecutor() as pool:
-            return dict(zip(Use().names, self.submit(Batch(media, rows), Use(), pool)(None, report)))
+            return dict(zip(Use().names, self.submit(Batch(media, rows), Use(), pool)(None, report), strict=True))
 
 
 # ------------------------------------------------------------------------------------------ on the device
@@ -163,7 +163,7 @@ def _score(reward: DeviceReward, use: Use, params, pixels, text):
 
     if use.batch:
         part = pixels.reshape(p * samples, 1, *pixels.shape[2:]), jax.tree.map(lambda leaf: jnp.repeat(leaf, samples, 0), text)
-        values = _in_slices(lambda part: apply(part)[..., 0].T, part, use.batch).T
+        values = sharding.map_slices(lambda part: apply(part)[..., 0].T, part, use.batch).T
     else:
         values = apply((pixels, text))
     values = values.reshape(len(values), p, g, samples // g).mean(-1)
@@ -171,25 +171,7 @@ def _score(reward: DeviceReward, use: Use, params, pixels, text):
     values = jnp.where(ok, values, 0)
     if use.threshold is not None:
         values = ((values > use.threshold) & ok).astype(jnp.float32)
-    return list(zip(values, ok))
-
-
-def _in_slices(function: Callable, tree, size: int):
-    """`sharding.map_slices` for a pytree of arrays [B, ...]: `size` items of every device at a time, if B divides."""
-    devices = sharding.batch_devices()
-    per_device, rest = divmod(len(jax.tree.leaves(tree)[0]), devices)
-    if rest or per_device <= size:
-        return function(tree)
-    slices = -(-per_device // size)
-
-    def cut(x):
-        x = x.reshape(devices, per_device, *x.shape[1:])
-        x = jnp.pad(x, ((0, 0), (0, slices * size - per_device), *((0, 0),) * (x.ndim - 2)))
-        return x.reshape(devices, slices, size, *x.shape[2:]).swapaxes(0, 1).reshape(slices, devices * size, *x.shape[2:])
-
-    y = jax.lax.map(lambda part: sharding.constrain_batch(function(sharding.constrain_batch(part))), jax.tree.map(cut, tree))
-    y = y.reshape(slices, devices, size, *y.shape[2:]).swapaxes(0, 1).reshape(devices, slices * size, *y.shape[2:])
-    return y[:, :per_device].reshape(devices * per_device, *y.shape[2:])
+    return list(zip(values, ok, strict=True))
 
 
 def place(reward: DeviceReward, mesh) -> None:
@@ -258,7 +240,7 @@ class HostReward(Reward):
                 values, ok = values.sum(0, dtype=np.float32), ok.sum(0) > 0
             if use.threshold is not None:
                 values = ((values > use.threshold) & ok).astype(np.float32)
-            return list(zip(values, ok))
+            return list(zip(values, ok, strict=True))
         return wait
 
 
@@ -301,5 +283,5 @@ class LeftOut(Reward):
 
     def submit(self, batch, use, pool):
         if self.on_host:
-            batch.quantised
+            batch.quantised  # noqa: B018 (computes it)
         return lambda timeout, report: [(np.zeros(batch.shape, np.float32), np.ones(batch.shape, bool)) for _ in use.names]

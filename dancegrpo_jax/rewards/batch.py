@@ -25,7 +25,7 @@ def run(name: str, function: Callable, *args, **kwargs):
 
 def chosen_frames(option: str | int, count: int) -> tuple[int, ...]:
     """The frames of a clip of `count` that the option `frames` means; n of them are evenly spaced from first to last."""
-    if option == "all" or isinstance(option, int) and option >= count:
+    if option == "all" or (isinstance(option, int) and option >= count):
         return tuple(range(count))
     if option == "first":
         return (0,)
@@ -75,7 +75,7 @@ def local_parts(array: jax.Array, samples: Sequence[tuple[int, int]]) -> list[Pa
     """The pieces on this process's devices that together hold `samples`. Raises: ValueError if one is cut over devices."""
     parts, missing = [], set(samples)
     for shard in array.addressable_shards:
-        rows, columns = (range(*cut.indices(size)) for cut, size in zip(shard.index[:2], array.shape))
+        rows, columns = (range(*cut.indices(size)) for cut, size in zip(shard.index[:2], array.shape[:2], strict=True))
         part = Part(rows, columns, shard.data)
         if _whole(shard.index[2:], array.shape[2:]) and any(sample in part for sample in missing):
             parts.append(part)

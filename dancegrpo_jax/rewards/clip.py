@@ -2,9 +2,9 @@
 
 | name | formula | preprocessing | text |
 |---|---|---|---|
-| `clip_score` | cosine (Hessel et al. 2021, arXiv:2104.08718, without the factor) | shorter side to size, centre crop | as transformers |
-| `hps` | cosine (Wu et al. 2023, arXiv:2306.09341) | longer side to size, padded with zeros | as open_clip |
-| `pickscore` | exp(logit_scale) cosine (Kirstain et al. 2023, arXiv:2305.01569) | crop | as transformers |
+| `clip_score` | cosine (Hessel et al., arXiv:2104.08718, no factor) | shorter side to size, centre crop | as transformers |
+| `hps` | cosine (Wu et al., arXiv:2306.09341) | longer side to size, padded with zeros | as open_clip |
+| `pickscore` | exp(logit_scale) cosine (Kirstain et al., arXiv:2305.01569) | crop | as transformers |
 | `aesthetic` | affine function of the normalised image features (LAION's improved predictor) | crop | none |
 
 Each reads a transformers folder, an open_clip checkpoint (`.pt` without torch, `.safetensors`), or the same from the hub.
@@ -88,7 +88,7 @@ def load_clip(path: Path, architecture: str | None):
         path = files[0]
     if path.suffix == ".safetensors":
         file = safe_open(path, framework="numpy")
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     else:
         tensors = read_torch(path)
     if architecture not in ARCHITECTURES:
@@ -115,7 +115,8 @@ class ClipScore(DeviceReward):
 
     def __init__(self, model: str | os.PathLike, tokenizer: str | os.PathLike | None = None, architecture: str | None = None,
                  resize: str = "crop", antialias: bool = True, clean: str = "transformers", dtype: str = "float32"):
-        for option, value, known in (("dtype", dtype, ("float32", "bfloat16")), ("resize", resize, RESIZE), ("clean", clean, CLEAN)):
+        for option, value, known in (("dtype", dtype, ("float32", "bfloat16")), ("resize", resize, RESIZE),
+                                     ("clean", clean, CLEAN)):
             if value not in known:
                 raise ValueError(f"reward {self.name!r}: {option} is {value!r}, expected one of {', '.join(map(repr, known))}")
         self.dtype, self.resize, self.antialias, self.clean = jnp.dtype(dtype), resize, antialias, clean
@@ -185,7 +186,7 @@ class HPS(ClipScore):
 
 
 class PickScore(ClipScore):
-    """PickScore v1: about 17 to 25. Others divide it by 26; here its weight says so, and within a group it makes no difference."""
+    """PickScore v1: about 17 to 25. Others divide it by 26; here its weight does, and within a group it makes no difference."""
 
     def __init__(self, model: str | os.PathLike = "yuvalkirstain/PickScore_v1",
                  tokenizer: str | os.PathLike | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", dtype: str = "float32"):

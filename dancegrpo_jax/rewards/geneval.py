@@ -84,7 +84,7 @@ def relations(a, b) -> set[str]:
     if (np.abs(revised) < 1e-3).all():
         return set()
     x, y = revised / np.linalg.norm(offset)
-    return {name for name, holds in zip(RELATIONS, (x < -0.5, x > 0.5, y < -0.5, y > 0.5)) if holds}
+    return {name for name, holds in zip(RELATIONS, (x < -0.5, x > 0.5, y < -0.5, y > 0.5), strict=True) if holds}
 
 
 def judge(task: str, demands: Sequence[Demand], detections: Sequence[Detection]) -> tuple[bool, float]:
@@ -98,7 +98,7 @@ def judge(task: str, demands: Sequence[Demand], detections: Sequence[Detection])
     found = [sorted((d for d in detections if d.label == demand.label and d.score > threshold), key=lambda d: -d.score)[:MOST]
              for demand in demands]
     strict, taken = True, []
-    for demand, objects in zip(demands, found):
+    for demand, objects in zip(demands, found, strict=True):
         chosen = objects[:demand.count]
         good = len(chosen) == demand.count and not (task == "counting" and len(objects) > demand.count)
         good &= demand.color is None or sum(d.color == demand.color for d in chosen) >= demand.count
@@ -109,7 +109,7 @@ def judge(task: str, demands: Sequence[Demand], detections: Sequence[Detection])
         strict &= good
 
     credits, exact = [], []
-    for demand, objects in zip(demands, found):
+    for demand, objects in zip(demands, found, strict=True):
         n, right = demand.count, len(objects) == demand.count
         credits.append(max(0.0, 1 - abs(n - len(objects)) / n))
         if demand.color is not None:
@@ -118,7 +118,8 @@ def judge(task: str, demands: Sequence[Demand], detections: Sequence[Detection])
             right &= colored == n
         if demand.relation:
             targets = exact[demand.other]
-            related = right and bool(targets) and all(demand.relation in relations(d.box, t.box) for d in objects for t in targets)
+            related = right and bool(targets) and all(demand.relation in relations(d.box, t.box)
+                                                      for d in objects for t in targets)
             credits.append(float(related))
             right &= related
         exact.append(objects if right else [])
@@ -154,8 +155,8 @@ class GenEval(HostReward):
 
     def score(self, images, prompts, metadata):
         task, demands = parse_prompt(prompts[0])  # one prompt a call
-        verdicts = [judge(task, demands, [d if isinstance(d, Detection) else Detection(**_mapping(d)) for d in self.detector(image)])
-                    for image in images]
+        verdicts = [judge(task, demands, [d if isinstance(d, Detection) else Detection(**_mapping(d))
+                                          for d in self.detector(image)]) for image in images]
         return [verdict[self.mode == "soft"] for verdict in verdicts]
 
 

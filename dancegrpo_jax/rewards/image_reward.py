@@ -16,6 +16,8 @@ from dancegrpo_jax.rewards.clip import abstract_head, find, fold_head, preproces
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw output, from the package
 LENGTH = 35
 
+RELEASED = BlipConfig()
+
 
 class ImageReward(DeviceReward):
     """About -2.3 to 2. Unlike with CLIP, the text is computed anew for every image of a group.
@@ -31,7 +33,7 @@ class ImageReward(DeviceReward):
 
     def __init__(self, model: str | os.PathLike = "THUDM/ImageReward/ImageReward.pt",
                  tokenizer: str | os.PathLike = "google-bert/bert-base-uncased", dtype: str = "float32",
-                 config: BlipConfig = BlipConfig()):
+                 config: BlipConfig = RELEASED):
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"reward 'image_reward': dtype is {dtype!r}, expected 'float32' or 'bfloat16'")
         self.dtype, self.config = jnp.dtype(dtype), config

@@ -4,7 +4,7 @@
 |---|---|---|
 | `remote` | `launch/serve_reward.py`, or your own `/v1/score` | what the server's reward says |
 | `judge` | OpenAI-compatible chat completions (vLLM, sglang, cloud) | a number parsed from the answer |
-| `judge_yes` | the same, with log-probabilities | P(yes) / (P(yes) + P(no)) of the first answer token (RewardDance, OneReward) |
+| `judge_yes` | the same, with log-probabilities | P(yes) / (P(yes) + P(no)) of the first token (RewardDance, OneReward) |
 | `judge_pairs` | the same | share of won comparisons within the group (Pref-GRPO, arXiv:2508.20751) |
 
 JSON both ways, images as PNG. A request is retried, with growing and jittered pauses, on refused or broken connections,
@@ -173,7 +173,8 @@ class Remote(RemoteReward):
 
     def score(self, images, prompts, metadata):
         items = [{"id": str(i), "prompt": prompt, "media": [{"kind": "image", "mime": "image/png", "b64": png(image)}],
-                  "metadata": json_fields(fields)} for i, (image, prompt, fields) in enumerate(zip(images, prompts, metadata))]
+                  "metadata": json_fields(fields)}
+                 for i, (image, prompt, fields) in enumerate(zip(images, prompts, metadata, strict=True))]
         answer = self.client.post("/v1/score", {"reward": self.scorer, "items": items})
         results = answer.get("results")
         if not isinstance(results, list) or len(results) != len(items):
@@ -188,7 +189,7 @@ class Remote(RemoteReward):
 
 
 def json_fields(fields: Mapping) -> dict:
-    """The fields of a row that JSON can hold: text, numbers, lists and objects of these. Others (a picture, a file) stay here."""
+    """The fields of a row that JSON can hold: text, numbers, lists and objects of these. Others (pictures, files) stay here."""
     found = {}
     for name, value in fields.items():
         value = value.item() if isinstance(value, np.generic) else value
@@ -244,8 +245,8 @@ class Judge(Chat):
     """
 
     def __init__(self, url: str, model: str, template: str = (
-            "This picture should show: {prompt}\nJudge how well it does so and how well it is made. Think briefly, then end with "
-            "a line 'Final Score: x' where x is a number from 1 (bad) to 5 (perfect)."),
+            "This picture should show: {prompt}\nJudge how well it does so and how well it is made. Think briefly, then end "
+            "with a line 'Final Score: x' where x is a number from 1 (bad) to 5 (perfect)."),
                  pattern: str = r"Final Score:\s*([0-9]+(?:\.[0-9]+)?)", scale: float = 5.0, **chat):
         super().__init__(url, model, template, **chat)
         self.pattern, self.scale = re.compile(pattern, re.DOTALL), scale
@@ -260,7 +261,7 @@ class Judge(Chat):
             return [float(number) / self.scale for number in matches[-1].groups()]
         failed = [float("nan")] * self.pattern.groups
         answers = np.array([answer if isinstance(answer, list) else failed
-                            for answer in self.ask_all(ask, list(zip(images, prompts)))])
+                            for answer in self.ask_all(ask, list(zip(images, prompts, strict=True)))])
         names = self.pattern.groupindex
         return {name: answers[:, index - 1] for name, index in names.items()} if names else answers[:, 0]
 
@@ -287,7 +288,7 @@ class JudgeYes(Chat):
             if not sum(mass.values()):
                 raise ValueError(f"neither yes nor no among the likeliest answers of {self.client.url}")
             return mass["yes"] / sum(mass.values())
-        return self.ask_all(ask, list(zip(images, prompts)))
+        return self.ask_all(ask, list(zip(images, prompts, strict=True)))
 
 
 class JudgePairs(Chat):
@@ -300,8 +301,8 @@ class JudgePairs(Chat):
     needs_group = True
 
     def __init__(self, url: str, model: str, template: str = (
-            "Two pictures were made for: {prompt}\nCompare how well they match it and how well they are made. Think briefly, then "
-            "end with <answer>Image 1 is better</answer> or <answer>Image 2 is better</answer>."),
+            "Two pictures were made for: {prompt}\nCompare how well they match it and how well they are made. Think briefly, "
+            "then end with <answer>Image 1 is better</answer> or <answer>Image 2 is better</answer>."),
                  both_orders: bool = False, **chat):
         super().__init__(url, model, template, **{"max_tokens": 2048} | chat)
         self.both_orders = both_orders
@@ -316,7 +317,7 @@ class JudgePairs(Chat):
         if self.both_orders:
             pairs += [(j, i) for i, j in pairs]
         wins, asked = np.zeros(len(images)), np.zeros(len(images))
-        for (i, j), share in zip(pairs, self.ask_all(ask, pairs)):
+        for (i, j), share in zip(pairs, self.ask_all(ask, pairs), strict=True):
             if np.isfinite(share):
                 wins[[i, j]] += share, 1 - share
                 asked[[i, j]] += 1

@@ -113,7 +113,7 @@ class RewardSet:
         if reward.takes not in TAKES:
             raise ValueError(f"reward {name!r}: takes is {reward.takes!r}, expected one of {', '.join(map(repr, TAKES))}")
         use = Use(name, tuple(factors) if hasattr(weight, "items") else (), threshold, frames, batch)
-        for label, factor in zip(use.names, factors.values()):
+        for label, factor in zip(use.names, factors.values(), strict=False):  # {}: scored without a weight
             self.weights[label] = _number(factor, f"reward {label!r}: weight")
         self.rewards[name], self.uses[name] = reward, use
 
@@ -172,7 +172,8 @@ class Handle:
         """
         while self._waits:  # let go of the pixels one by one, and ask no process twice
             use, wait = self._waits[0]
-            self._scores |= dict(zip(use.names, wait(self._owner._timeout, partial(self._owner._report, use.name))))
+            scores = wait(self._owner._timeout, partial(self._owner._report, use.name))
+            self._scores |= dict(zip(use.names, scores, strict=True))
             del self._waits[0]
         return dict(self._scores)
 

@@ -16,7 +16,7 @@ from tests.pipelines import write_pipeline
 
 # Sums over devices round by their order. Adam would make whole steps of gradients that are nothing but rounding, hence the
 # eps.
-MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=-1", "--config.eval.every=0", "--config.steps=4",
+MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=-1", "--config.evals.eval.every=0", "--config.steps=4",
         "--config.model.remat=none",
         "--config.optim.eps=1e-3",
         '--config.rewards={"color": {}, "bright": {"reward": "tests.e2e.test_multihost:brightness"}}')

@@ -11,20 +11,20 @@ import pytest
 
 pytest.importorskip("diffusers")
 
-from dancegrpo_jax.evaluate import load_run
-
 from dancegrpo_jax import trainer
 from dancegrpo_jax.metrics import read_metrics
-from dancegrpo_jax.pipelines.base import make_policy
+from dancegrpo_jax.pipelines.base import make_pipeline
+from dancegrpo_jax.session import open_run
 from launch import export, precompute, sample, train
 from tests.released import respell, write_flux, write_sd
 
 sys.path.append(str(Path(__file__).parents[1] / "parity"))
 OPTIMISED = True
 SMALL = {"steps": 2, "model.height": 24, "model.width": 40, "sampler.steps": 4, "sampler.eval_steps": 3,
-         "data.prompts_per_step": 4, "data.group_size": 4, "data.chunks": 1, "grpo.updates_per_rollout": 1,
-         "grpo.microbatch": 16, "grpo.timestep_fraction": 0.7, "rewards": '{"color": {}, "jpeg": {"weight": 0.5}}',
-         "eval.num_prompts": 5, "eval.batch": 8, "checkpoint.every": 1, "log.prompts_in_grid": 2, "log.tensorboard": False}
+         "data.prompts_per_step": 4, "data.group_size": 4, "data.chunks": 1, "optim.updates_per_rollout": 1,
+         "optim.microbatch": 16, "algorithm.grpo.timestep_fraction": 0.7, "rewards": '{"color": {}, "jpeg": {"weight": 0.5}}',
+         "evals.eval.count": 5, "evals.eval.batch": 8, "checkpoint.every": 1, "log.prompts_in_grid": 2,
+         "log.tensorboard": False}
 
 
 def flags(config, run, folder, **more):
@@ -43,18 +43,21 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def no_implicit_transfers():
-    """The trainer gives rollout, decoding and the making of examples device arrays only."""
-    def guarded(function):
+    """A whole iteration puts arrays on the devices only where it says so."""
+    guarded = []
+
+    def guard(function):
         def call(*args, **kwargs):
+            guarded.append(function)
             with jax.transfer_guard("disallow"):
                 return function(*args, **kwargs)
-        call._cache_size = function._cache_size
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("rollout", "decode", "make_examples"):
-            patch.setattr(trainer, name, guarded(getattr(trainer, name)))
+        for name in ("collect", "learn"):
+            patch.setattr(trainer, name, guard(getattr(trainer, name)))
         yield
+    assert guarded
 
 
 @pytest.fixture(scope="module", params=["sd_hps", "flux_hps_lora"])
@@ -93,21 +96,21 @@ def test_exports(trained, tmp_path):
 
     config, folder, run = trained
     assert export.main(["export.py", f"--run={run}", f"--out={tmp_path / 'out'}"]) == 0
-    _, policy, params, _, step = load_run(run, text=False)
+    _, _, params, _, step = open_run(run, text=False)
     assert step == 3
     if config == "sd_hps":
         from dancegrpo_jax.models.files.convert import to_torch
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out", safety_checker=None)
         state, base = pipeline.unet.state_dict(), load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-        assert all(torch.equal(torch.from_numpy(value), state[key]) for key, value in to_torch(params).items())
-        changed = [key for key, value in to_torch(params).items() if not np.array_equal(value, base[key])]
+        assert all(torch.equal(torch.from_numpy(value), state[key]) for key, value in to_torch(params["unet"]).items())
+        changed = [key for key, value in to_torch(params["unet"]).items() if not np.array_equal(value, base[key])]
         assert len(changed) > 0.9 * len(base)
-        again = make_policy("stable_diffusion", tmp_path / "out", kernel="ddim", eta=1.0, height=24, width=40)
-        assert again.load()[0].keys() == params.keys()
+        again = make_pipeline(tmp_path / "out", height=24, width=40)
+        assert jax.tree.structure(again.load()[0]) == jax.tree.structure(params)
     else:
         tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
         key = "transformer.transformer_blocks.1.attn.to_q.lora_B.weight"
-        ours = params["transformer_blocks.stacked.attn.to_q.lora_b"][1]
+        ours = params["transformer"]["transformer_blocks.stacked.attn.to_q.lora_b"][1]
         np.testing.assert_array_equal(tensors[key], 2.0 * np.asarray(ours).T)
         assert np.abs(tensors[key]).max() > 0
     assert export.main(["export.py", f"--run={run}", f"--out={tmp_path / 'out'}"]) == 2  # not empty
@@ -139,15 +142,14 @@ def test_embeddings_of_another_encoder(tmp_path, capsys, monkeypatch):
     write_flux(tmp_path / "flux")
     (tmp_path / "prompts.txt").write_text("a red circle\n\ntwo blue squares\na green star\n" + "very " * 2000 + "long\n")
     out = tmp_path / "set"
-    common = {"data__train": tmp_path / "prompts.txt", "data__heldout": tmp_path / "prompts.txt", "data__embeddings": out}
+    common = {"data__train": tmp_path / "prompts.txt", "evals__eval__rows": tmp_path / "prompts.txt", "data__embeddings": out}
 
     def run(**more):
         return train.main(["train.py", *flags("flux_hps", tmp_path / "run", tmp_path / "flux", **common | more)])
 
     assert precompute.main(["precompute.py", *flags("flux_hps", "x", tmp_path / "flux", **common), f"--out={out}"]) == 0
-    error = capsys.readouterr().err
-    assert "1 of 8 prompts are too long" in error or "2 of 8 prompts are too long" in error
-    monkeypatch.setattr("dancegrpo_jax.pipelines.base.Policy.load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    assert "1 of 5 prompts are too long" in capsys.readouterr().err  # the file's and the negative one
+    monkeypatch.setattr("dancegrpo_jax.pipelines.base.Pipeline.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     (tmp_path / "other.txt").write_text("a red circle\na yellow star\na\nb\n")
     assert run(data__train=tmp_path / "other.txt") == 2
     assert "3 of 4 prompts are not in the embedding set, first 'a yellow star'" in capsys.readouterr().err

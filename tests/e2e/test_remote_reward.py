@@ -26,7 +26,8 @@ def test_a_silent_server_costs_its_scores_and_not_the_run(tmp_path):
     server.RequestHandlerClass.do_POST = sometimes
     remote = {"far": {"reward": "remote", "url": f"http://127.0.0.1:{server.server_port}", "retries": 0, "patience": 99}}
     try:
-        _, *argv = command(tmp_path, "run", f"--config.rewards={json.dumps(remote)}", "--config.steps=4", "--config.eval.every=0")
+        _, *argv = command(tmp_path, "run", f"--config.rewards={json.dumps(remote)}", "--config.steps=4",
+                           "--config.evals.eval.every=0")
         assert train.main(argv) == 0
     finally:
         server.shutdown()

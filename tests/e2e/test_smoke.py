@@ -13,10 +13,10 @@ OPTIMISED = True
 
 def test_colour_reward_goes_up(tmp_path):
     settings = {
-        "run_dir": tmp_path / "run", "steps": 20, "data.prompts_per_step": 8, "data.group_size": 8, "grpo.microbatch": 64,
-        "rewards": '{"color": {}}', "eval.rewards": '{"color": {}}', "eval.num_prompts": 64, "eval.batch": 64,
-        "eval.every": 0, "log.prompts_in_grid": 2, "log.images_every": 0, "optim.learning_rate": 3e-4,
-        "model.lora.rank": 0, "sampler.window": 3, "sampler.eta": 1.0}
+        "run_dir": tmp_path / "run", "steps": 20, "data.prompts_per_step": 8, "data.group_size": 8, "optim.microbatch": 64,
+        "rewards": '{"color": {}}', "evals.eval.rewards": '{"color": {}}', "evals.eval.count": 64,
+        "evals.eval.batch": 64, "evals.eval.every": 0, "log.prompts_in_grid": 2, "log.images_every": 0,
+        "optim.learning_rate": 3e-4, "model.lora.rank": 0, "algorithm.grpo.window": 3, "sampler.eta": 1.0}
     command = [sys.executable, "launch/train.py", "--config=configs/shapes_flow.py"]
     result = subprocess.run(command + [f"--config.{key}={value}" for key, value in settings.items()], cwd=ROOT,
                             env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,

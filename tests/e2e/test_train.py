@@ -32,11 +32,11 @@ def workspace(tmp_path_factory):
 def command(workspace: Path, run: str, *overrides: str, paradigm: str = "flow") -> list[str]:
     settings = {
         "run_dir": workspace / run, "steps": STEPS, "model.folder": workspace / paradigm, "sampler.steps": 4,
-        "sampler.window": 2, "sampler.eval_steps": 4, "model.lora.rank": 0,
-        "data.prompts_per_step": 4, "data.group_size": 4, "data.chunks": 2, "grpo.microbatch": 16,
-        "eval.num_prompts": 8, "eval.batch": 8, "eval.every": 3, "checkpoint.every": 1, "log.prompts_in_grid": 2,
+        "algorithm.grpo.window": 2, "sampler.eval_steps": 4, "model.lora.rank": 0,
+        "data.prompts_per_step": 4, "data.group_size": 4, "data.chunks": 2, "optim.microbatch": 16,
+        "evals.eval.count": 8, "evals.eval.batch": 8, "evals.eval.every": 3, "checkpoint.every": 1, "log.prompts_in_grid": 2,
         "optim.learning_rate": 1e-3, "optim.ema_decay": 0.9, "rewards": '{"color": {}, "jpeg": {"weight": 0.5}}',
-        "eval.rewards": '{"color": {}}'}
+        "evals.eval.rewards": '{"color": {}}'}
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     return [sys.executable, "launch/train.py", f"--config=configs/shapes_{paradigm}.py", *flags, *overrides]
 
@@ -147,7 +147,7 @@ def test_eight_devices_train_like_one(workspace):  # FLUX: tests/test_sharding.p
     runs = []
     for devices, mesh in ((1, ()), (8, ("--config.mesh.data=2", "--config.mesh.fsdp=4"))):
         run = f"diffusion_{devices}"
-        result = launch(workspace, run, "--config.steps=2", "--config.eval.every=0", "--config.optim.eps=1e-3", *mesh,
+        result = launch(workspace, run, "--config.steps=2", "--config.evals.eval.every=0", "--config.optim.eps=1e-3", *mesh,
                         '--config.rewards={"color": {}}',  # continuous: JPEG sizes jump with one rounded pixel
                         devices=devices, paradigm="diffusion")
         assert result.returncode == 0, result.stderr

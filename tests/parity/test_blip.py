@@ -1,4 +1,4 @@
-"""ImageReward's BLIP against transformers: image tokens, the text's first token, gradients, the released file's names, the score."""
+"""ImageReward's BLIP against transformers: image tokens, the text's first token, gradients, the released names, the score."""
 
 import re
 
@@ -19,7 +19,7 @@ from dancegrpo_jax.rewards.clip import preprocess
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from against_torch import assert_close, perturb, rms
+from against_torch import assert_close, perturb, rms  # noqa: E402 (needs torch)
 
 CONFIG = BlipConfig(vision_width=24, vision_layers=3, vision_heads=2, image_size=32, patch_size=8, text_width=20, text_layers=2,
                     text_heads=4, vocab_size=60, max_positions=48)
@@ -53,8 +53,8 @@ def released(reference):
     vision, text = (module.state_dict() for module in reference)
     names = ((r"^embeddings\.class_embedding$", "cls_token"), (r"^embeddings\.position_embedding$", "pos_embed"),
              (r"^embeddings\.patch_embedding\.", "patch_embed.proj."), (r"^post_layernorm\.", "norm."),
-             (r"^encoder\.layers\.(\d+)\.", r"blocks.\1."), (r"layer_norm([12])", r"norm\1"), (r"self_attn\.projection", "attn.proj"),
-             (r"self_attn\.qkv", "attn.qkv"))
+             (r"^encoder\.layers\.(\d+)\.", r"blocks.\1."), (r"layer_norm([12])", r"norm\1"),
+             (r"self_attn\.projection", "attn.proj"), (r"self_attn\.qkv", "attn.qkv"))
     out = {}
     for key, value in vision.items():
         for pattern, replacement in names:
@@ -62,7 +62,7 @@ def released(reference):
         out[f"blip.visual_encoder.{key}"] = value
     out |= {f"blip.text_encoder.{key}": value for key, value in text.items()}
     generator = torch.Generator().manual_seed(3)
-    for i, (rows, columns) in zip((0, 2, 4, 6, 7), SIZES):
+    for i, (rows, columns) in zip((0, 2, 4, 6, 7), SIZES, strict=True):
         out |= {f"mlp.layers.{i}.weight": torch.randn(rows, columns, generator=generator) / columns**0.5,
                 f"mlp.layers.{i}.bias": torch.randn(rows, generator=generator)}
     return out | {"blip.vision_proj.weight": torch.zeros(2, 24), "blip.text_proj.bias": torch.zeros(2),
@@ -99,7 +99,7 @@ def test_forward_and_gradients(reference):
     assert_close(np.asarray(jax.jit(lambda p: merge(graphdef, p).vision_model(PIXELS))(params)), image.detach().numpy())
     assert_close(np.asarray(ours), token.detach().numpy())
     ours, theirs = to_torch(grads), {}
-    for prefix, module in zip(("vision_model", "text_model"), reference):
+    for prefix, module in zip(("vision_model", "text_model"), reference, strict=True):
         theirs |= {f"{prefix}.{name}": p.grad for name, p in module.named_parameters()}
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():

@@ -18,7 +18,7 @@ from dancegrpo_jax.models.layers import merge, split
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from against_torch import (
+from against_torch import (  # noqa: E402 (needs torch)
     assert_close,
     assert_low_precision_close,
     assert_released_size,
@@ -89,14 +89,14 @@ def check(reference, outputs, model, function, *, gradients, untouched=()):
 
     (_, ours), grads = jax.jit(jax.value_and_grad(loss, has_aux=True) if gradients else
                                lambda params: (loss(params), {}))(params)
-    for y, expected in zip(ours, outputs):
+    for y, expected in zip(ours, outputs, strict=True):
         assert y.dtype == jnp.float32
         assert_close(y, expected.detach().numpy())
     if not gradients:
         return
 
     reference.zero_grad()
-    sum((y * torch.from_numpy(c)).sum() for y, c in zip(outputs, cotangents)).backward()
+    sum((y * torch.from_numpy(c)).sum() for y, c in zip(outputs, cotangents, strict=True)).backward()
     ours = convert.to_torch(grads)
     theirs = {name: p.grad for name, p in reference.named_parameters()}
     assert ours.keys() == theirs.keys()
@@ -139,7 +139,7 @@ def test_bfloat16_towers_give_float32_features(clip_pair):
     def features(dtype):
         return model.text_features(IDS, dtype), model.image_features(PIXELS, dtype)
 
-    for exact, low in zip(features(jnp.float32), features(jnp.bfloat16)):
+    for exact, low in zip(features(jnp.float32), features(jnp.bfloat16), strict=True):
         assert low.dtype == jnp.float32
         assert_low_precision_close(low, exact)
         assert (low != low.astype(jnp.bfloat16)).mean() > 0.9  # not rounded at the end

@@ -11,7 +11,7 @@ from dancegrpo_jax.models.layers import Conv, merge, split
 
 torch = pytest.importorskip("torch")
 
-from against_torch import assert_close, from_torch, to_torch
+from against_torch import assert_close, from_torch, to_torch  # noqa: E402 (it needs torch)
 
 CASES = {  # spatial size, kernel_size, stride, padding
     "1-D": ((11,), (3,), 1, 1),

@@ -13,7 +13,7 @@ from dancegrpo_jax.models.layers import merge, split
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from against_torch import (
+from against_torch import (  # noqa: E402 (needs torch)
     assert_close,
     assert_gradients_close,
     assert_low_precision_close,
@@ -44,7 +44,10 @@ def pair(request, tmp_path_factory):
 
 def inputs(guided):
     rng = np.random.default_rng(1)
-    normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
+
+    def normal(*shape):
+        return rng.standard_normal(shape, dtype=np.float32)
+
     return dict(hidden_states=normal(BATCH, GRID[0] * GRID[1], CONFIG["in_channels"]),
                 encoder_hidden_states=normal(BATCH, TEXT, CONFIG["joint_attention_dim"]),
                 pooled_projections=normal(BATCH, CONFIG["pooled_projection_dim"]),

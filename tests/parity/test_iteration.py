@@ -16,7 +16,7 @@ def test_one_iteration(tmp_path):
     """FLUX with adapters; the benchmark asserts the same for Stable Diffusion, which takes longer to compile."""
     config = load_file("configs/shapes_flow.py")
     settings = {"model.folder": write_pipeline(tmp_path, "flow"), "model.lora.rank": 4, "sampler.steps": 4,
-                "sampler.window": 2, "data.prompts_per_step": 2, "data.group_size": 3, "grpo.microbatch": 12}
+                "algorithm.grpo.window": 2, "data.prompts_per_step": 2, "data.group_size": 3, "optim.microbatch": 12}
     for name, value in settings.items():
         override(config, name, str(value))
     ours = Ours(config)

@@ -15,7 +15,7 @@ from dancegrpo_jax.models.layers import merge, split
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from against_torch import (
+from against_torch import (  # noqa: E402 (needs torch)
     assert_close,
     assert_low_precision_close,
     assert_released_size,

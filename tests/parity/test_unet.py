@@ -13,7 +13,7 @@ from dancegrpo_jax.models.layers import merge, split
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from against_torch import (
+from against_torch import (  # noqa: E402 (needs torch)
     assert_close,
     assert_gradients_close,
     assert_low_precision_close,
@@ -49,7 +49,10 @@ def case(request, tmp_path_factory):
 
 def inputs():
     rng = np.random.default_rng(1)
-    normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
+
+    def normal(*shape):
+        return rng.standard_normal(shape, dtype=np.float32)
+
     return (normal(2, 6, 4, 4), np.array([937, 112], np.float32), normal(2, 5, 10)), normal(2, 6, 4, 4)
 
 

@@ -14,7 +14,7 @@ from dancegrpo_jax.models.layers import merge, split
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from against_torch import (
+from against_torch import (  # noqa: E402 (needs torch)
     assert_close,
     assert_gradients_close,
     assert_low_precision_close,
@@ -49,7 +49,10 @@ def pair(request, tmp_path_factory):
 
 def inputs(reference):
     rng = np.random.default_rng(1)
-    normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
+
+    def normal(*shape):
+        return rng.standard_normal(shape, dtype=np.float32)
+
     channels = reference.config.latent_channels
     images, latents = np.clip(normal(2, 8, 12, 3), -1, 1), normal(2, 4, 6, channels)
     return images, latents, (normal(2, 4, 6, channels), normal(2, 4, 6, channels), normal(2, 8, 12, 3))

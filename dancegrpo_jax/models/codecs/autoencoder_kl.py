@@ -5,6 +5,7 @@ the denoisers see. The dtype of the input decides the compute dtype, norms are f
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import jax
@@ -86,7 +87,7 @@ class MidBlock(nnx.Module):
 class DownBlock(nnx.Module):
     def __init__(self, in_features: int, features: int, config: Config, *, downsample: bool, rngs: nnx.Rngs):
         widths = [in_features] + [features] * config.layers_per_block
-        self.resnets = nnx.List([_resnet(a, b, config, rngs) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+        self.resnets = nnx.List([_resnet(a, b, config, rngs) for a, b in pairwise(widths)])
         if downsample:
             self.downsamplers = nnx.List([Downsample(features, padding=((0, 1), (0, 1)), rngs=rngs)])
 
@@ -99,7 +100,7 @@ class DownBlock(nnx.Module):
 class UpBlock(nnx.Module):
     def __init__(self, in_features: int, features: int, config: Config, *, upsample: bool, rngs: nnx.Rngs):
         widths = [in_features] + [features] * (config.layers_per_block + 1)
-        self.resnets = nnx.List([_resnet(a, b, config, rngs) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+        self.resnets = nnx.List([_resnet(a, b, config, rngs) for a, b in pairwise(widths)])
         if upsample:
             self.upsamplers = nnx.List([Upsample(features, rngs=rngs)])
 

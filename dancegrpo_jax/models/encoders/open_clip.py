@@ -1,4 +1,4 @@
-"""CLIP checkpoints in open_clip's naming: HPS, LAION, DFN5B (their architectures, and their keys as transformers names them)."""
+"""CLIP checkpoints in open_clip's naming: HPS, LAION, DFN5B (architectures, and keys as transformers names them)."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,8 @@ _L_TEXT = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, 
 _L_VISION = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
 # OpenAI's and DFN's weights were trained with quick_gelu, LAION's (and HPS, made of them) with gelu.
 ARCHITECTURES = {
-    "ViT-H-14": CLIPConfig(CLIPTextConfig(**_H_TEXT, hidden_act="gelu"), CLIPVisionConfig(**_H_VISION, hidden_act="gelu"), 1024),
+    "ViT-H-14": CLIPConfig(CLIPTextConfig(**_H_TEXT, hidden_act="gelu"), CLIPVisionConfig(**_H_VISION, hidden_act="gelu"),
+                           1024),
     "ViT-H-14-378-quickgelu": CLIPConfig(CLIPTextConfig(**_H_TEXT), CLIPVisionConfig(**_H_VISION, image_size=378), 1024),
     "ViT-L-14-quickgelu": CLIPConfig(CLIPTextConfig(**_L_TEXT), CLIPVisionConfig(**_L_VISION), 768),
 }
@@ -50,7 +51,7 @@ def to_transformers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         for pattern, replacement in _RENAME:
             key = re.sub(pattern, replacement, key)
         if ".self_attn.in_proj_" in key:
-            for name, part in zip("qkv", np.split(value, 3)):
+            for name, part in zip("qkv", np.split(value, 3), strict=True):
                 renamed[key.replace("in_proj_", f"{name}_proj.")] = part
         elif key in ("visual.proj", "text_projection"):
             renamed["visual_projection.weight" if key == "visual.proj" else "text_projection.weight"] = value.T

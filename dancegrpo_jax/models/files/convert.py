@@ -40,7 +40,7 @@ TRANSFORMERS_METADATA = frozenset("""
     pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
     suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings
     tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
-""".split())
+""".split())  # noqa: SIM905 (sixty names, easier to read without quotes)
 
 
 class CheckpointError(ValueError):
@@ -209,7 +209,8 @@ def save_params(folder: str | os.PathLike, params: Params, file_name: str, dtype
              for key, (name, layer) in parts.items()}
     stem = file_name.removesuffix(".safetensors")
     plan = huggingface_hub.split_state_dict_into_shards_factory(
-        sizes, get_storage_size=lambda size: size, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size)
+        sizes, get_storage_size=lambda size: size, filename_pattern=stem + "{suffix}.safetensors",
+        max_shard_size=max_shard_size)
     for shard, keys in plan.filename_to_tensors.items():
         save_file({key: _read_part(params, *parts[key], dtypes[key]) for key in keys}, Path(folder) / shard,
                   metadata={"format": "pt"})
@@ -241,7 +242,7 @@ class Folder(Mapping):
                 self._files[shard] = safe_open(self.path / shard, framework="numpy")
             except Exception as error:
                 raise CheckpointError(f"{self.path / shard}: cannot be read ({error}); copy the file again") from error
-            for key in self._files[shard].keys():
+            for key in self._files[shard].keys():  # noqa: SIM118 (not a dict)
                 self._where[key] = shard
 
     def __getitem__(self, key):

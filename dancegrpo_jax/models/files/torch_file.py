@@ -13,6 +13,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -43,7 +44,8 @@ def read_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
     for key in ("state_dict", "model", "module"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    tensors = {key: value for key, value in content.items() if isinstance(value, np.ndarray)} if isinstance(content, Mapping) else {}
+    items = content.items() if isinstance(content, Mapping) else ()
+    tensors = {key: value for key, value in items if isinstance(value, np.ndarray)}
     if not tensors:
         raise CheckpointError(f"{path}: no tensors in it; expected a state dict")
     if all(key.startswith("module.") for key in tensors):
@@ -54,7 +56,8 @@ def read_torch(path: str | os.PathLike) -> dict[str, np.ndarray]:
 def _load(path: Path):
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         names = archive.namelist()
-        root = next((name.removesuffix("data.pkl") for name in names if name.endswith("data.pkl") and name.count("/") <= 1), None)
+        root = next((name.removesuffix("data.pkl") for name in names if name.endswith("data.pkl") and name.count("/") <= 1),
+                    None)
         if root is None:
             raise CheckpointError(f"{path}: a zip without data.pkl; expected a torch checkpoint")
         if root + "constants.pkl" in names or any(name.startswith(root + "code/") for name in names):
@@ -85,7 +88,7 @@ class _Storage:
         """A view; raises ValueError if it would reach outside the record."""
         if min((offset, *shape, *strides), default=0) < 0 or len(shape) != len(strides):
             raise ValueError(f"impossible tensor of shape {shape}, strides {strides}, offset {offset}")
-        last = offset + sum((n - 1) * s for n, s in zip(shape, strides)) if 0 not in shape else -1
+        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else -1
         if (last + 1) * self.dtype.itemsize > self.size:
             raise ValueError(f"tensor of shape {shape} exceeds its record")
         if 0 in shape:
@@ -113,9 +116,10 @@ def _rebuild_parameter(tensor, *unused):
 
 
 class _Unpickler(pickle.Unpickler):
-    KNOWN = {("collections", "OrderedDict"): OrderedDict, ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-             ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-             **{("torch", name): _StorageType(dtype) for name, dtype in STORAGES.items()}}
+    KNOWN: ClassVar = {
+        ("collections", "OrderedDict"): OrderedDict, ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+        **{("torch", name): _StorageType(dtype) for name, dtype in STORAGES.items()}}
 
     def __init__(self, path: Path, structure: bytes, places: dict):
         super().__init__(io.BytesIO(structure))
