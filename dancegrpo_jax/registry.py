@@ -11,8 +11,8 @@ PIPELINES = {
 }
 
 ALGORITHMS = {
-    "ddpo": "dancegrpo_jax.algorithms.ddpo:DDPO",
     "grpo": "dancegrpo_jax.algorithms.grpo:GRPO",
+    "ddpo": "dancegrpo_jax.algorithms.ddpo:DDPO",
     "nft": "dancegrpo_jax.algorithms.nft:DiffusionNFT",
 }
 

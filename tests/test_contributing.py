@@ -114,12 +114,15 @@ def test_a_reward_by_import_path(recipes):
 
 def test_an_algorithm_by_import_path(recipes):
     path = "dancegrpo_jax.algorithms.imitation:Imitation"
-    algorithm = c.algorithm_of(valid(algorithm={"mine": {"type": path, "temperature": 0.5}}, optim__microbatch=8))
+    own = {"type": path, "temperature": 0.5}
+    algorithm = c.algorithm_of(valid(algorithm={"mine": own}, sampler__shared_noise=False))
     assert (type(algorithm).__name__, algorithm.temperature, algorithm.levels) == ("Imitation", 0.5, 2)
     with pytest.raises(c.ConfigError, match=r"algorithm\.mine\.temperature=-1.*> 0"):
         valid(algorithm={"mine": {"type": path, "temperature": -1}})
     with pytest.raises(c.ConfigError, match=r"algorithm\.mine\.level: .*'levels'"):
         valid(algorithm={"mine": {"type": path, "level": 1}})
+    with pytest.raises(c.ConfigError, match="shared_noise"):
+        valid(algorithm={"mine": own})
     with pytest.raises(c.ConfigError, match="imitations"):
         valid(algorithm={"mine": {"type": "dancegrpo_jax.algorithms.imitations:Imitation"}})
 
