@@ -144,8 +144,8 @@ def compiled(config, monkeypatch) -> tuple[list[tuple], phases.Run]:
 @pytest.mark.parametrize("paradigm, changes", [
     ("flow", {}),
     pytest.param("flow", {"algorithm": "ddpo"}, marks=pytest.mark.slow),
-    pytest.param("flow", {"algorithm": "nft", "sampler__shared_noise": "false", "model__lora__rank": 2, "optim__ema_decay": 0.5},
-                 marks=pytest.mark.slow),
+    pytest.param("flow", {"algorithm": "nft", "sampler__shared_noise": "false", "model__lora__rank": 2,
+                          "optim__ema_decay": 0.5}, marks=pytest.mark.slow),
     pytest.param("diffusion", {"model__guidance_scale": 3.0, "data__train": "negatives.csv", "data__chunks": 1,
                                "optim__microbatch": 8, "algorithm__grpo__best_of": 2, "algorithm__grpo__kl_beta": 0.1},
                  marks=pytest.mark.slow)])
