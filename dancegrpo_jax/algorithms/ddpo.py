@@ -27,8 +27,8 @@ class DDPO(TrajectoryAlgorithm):
     def check(self, steps, group, where):
         super().check(steps, group, where)
         if self.combine != "advantages":
-            raise ConfigError(f"config.{where}.combine={self.combine!r}: DDPO adds the advantages of several rewards, each against "
-                              "its own statistics; leave it at 'advantages'")
+            raise ConfigError(f"config.{where}.combine={self.combine!r}: DDPO adds the advantages of several rewards, each "
+                              "against its own statistics; leave it at 'advantages'")
 
     def memory(self, prompts, rewards):
         """{reward: {"values": [prompts, buffer], a ring; "count": how many were ever written [prompts]}}."""
