@@ -362,6 +362,7 @@ def test_unknown_topologies():
 # ------------------------------------------------------------------------------------------ real compiles for TPUs
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (tests/requirements.txt)")
 @pytest.mark.parametrize("name, topology, phases, options", [
     ("flux_hps", "v5p:4x4x4", "rollout,update", []), ("flux_hps", "v6e:8x8", "rollout,update", []),

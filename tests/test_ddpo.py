@@ -7,6 +7,7 @@ import pytest
 
 from dancegrpo_jax.algorithms.ddpo import DDPO
 from dancegrpo_jax.checkpoint import Checkpointer
+from dancegrpo_jax.options import ConfigError
 
 
 class Reference:
@@ -53,6 +54,11 @@ def test_several_rewards_are_weighted_sums_of_their_advantages():
     both, _ = algorithm.advantages(scores, {"a": 1.0, "b": 0.5}, prompts, memory)
     alone = [algorithm.advantages({name: scores[name]}, {name: 1.0}, prompts, {name: memory[name]})[0] for name in scores]
     np.testing.assert_allclose(both, alone[0] + 0.5 * alone[1], rtol=1e-5)
+
+
+def test_another_way_to_combine_is_refused():
+    with pytest.raises(ConfigError, match=r"algorithm.ddpo.combine='gdpo'"):
+        DDPO(combine="gdpo").check(8, 4, "algorithm.ddpo")
 
 
 def test_equal_rewards_give_no_advantage():

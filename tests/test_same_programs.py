@@ -143,10 +143,12 @@ def compiled(config, monkeypatch) -> tuple[list[tuple], phases.Run]:
 
 @pytest.mark.parametrize("paradigm, changes", [
     ("flow", {}),
-    ("flow", {"algorithm": "ddpo"}),
-    ("flow", {"algorithm": "nft", "sampler__shared_noise": "false", "model__lora__rank": 2, "optim__ema_decay": 0.5}),
-    ("diffusion", {"model__guidance_scale": 3.0, "data__train": "negatives.csv", "data__chunks": 1, "optim__microbatch": 8,
-                   "algorithm__grpo__best_of": 2, "algorithm__grpo__kl_beta": 0.1})])
+    pytest.param("flow", {"algorithm": "ddpo"}, marks=pytest.mark.slow),
+    pytest.param("flow", {"algorithm": "nft", "sampler__shared_noise": "false", "model__lora__rank": 2,
+                          "optim__ema_decay": 0.5}, marks=pytest.mark.slow),
+    pytest.param("diffusion", {"model__guidance_scale": 3.0, "data__train": "negatives.csv", "data__chunks": 1,
+                               "optim__microbatch": 8, "algorithm__grpo__best_of": 2, "algorithm__grpo__kl_beta": 0.1},
+                 marks=pytest.mark.slow)])
 def test_the_check_compiles_what_a_run_dispatches(paradigm, changes, files, monkeypatch, cache):
     config = tiny(files, paradigm, **changes)
     ours, run = compiled(config, monkeypatch)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dancegrpo_jax.algorithms.trajectory import TrajectoryAlgorithm
-from dancegrpo_jax.options import at_least, between, option
+from dancegrpo_jax.options import ConfigError, at_least, between, option
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,12 @@ class DDPO(TrajectoryAlgorithm):
     min_count: int = option(16, at_least(1), "rewards from which on a prompt's own statistics are used")
 
     smallest_group: ClassVar[int] = 1
+
+    def check(self, steps, group, where):
+        super().check(steps, group, where)
+        if self.combine != "advantages":
+            raise ConfigError(f"config.{where}.combine={self.combine!r}: DDPO adds the advantages of several rewards, each "
+                              "against its own statistics; leave it at 'advantages'")
 
     def memory(self, prompts, rewards):
         """{reward: {"values": [prompts, buffer], a ring; "count": how many were ever written [prompts]}}."""
