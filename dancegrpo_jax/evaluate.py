@@ -53,7 +53,7 @@ def measure(session: Session, state: TrainState, evaluation: Evaluation) -> tupl
         for rows, media, count in samples(session, state, evaluation.rows, evaluator.batch):
             if not shown:
                 first = rows[:min(count, session.config.log.prompts_in_grid)]
-                shown.append((first, to_uint8(Media(media.pixels[:len(first)], media.fps))[:, :, 0]))
+                shown.append((first, to_uint8(Media(media.pixels[:len(first), :, :1], media.fps))[:, :, 0]))
             yield rows, media, count
             del media
     return evaluator.run(looked_at(), evaluation.rewards), *shown[0]
@@ -75,9 +75,8 @@ def write_grid(session: Session, writer: MetricWriter, step: int, tag: str, medi
                columns: int) -> Image.Image:
     """A picture of the first samples of some rows with the weighted sum of their rewards, which is for display only."""
     place = slice(len(rows)), slice(columns)
-    pixels = to_uint8(Media(media.pixels[place], media.fps))[:, :, 0]
     values = multihost.fetch({name: values[place] for name, (values, _) in scores.items()})
     total = sum(session.rewards.weights.get(name, 1.0) * each for name, each in values.items())
-    grid = image_grid(pixels, [row.prompt for row in rows], total)
+    grid = image_grid(Media(media.pixels[place], media.fps), [row.prompt for row in rows], total)
     writer.images(step, tag, grid)
     return grid

@@ -111,13 +111,13 @@ class Session:
         if not self.is_abstract:
             return init_state(self.learner, trainable, self.replicated(memory))
         state = jax.eval_shape(lambda trainable: init_state(self.learner, trainable, memory), trainable)
-        return jax.tree.map(_placed, state, jax.tree.map(as_returned, sharding.param_shardings(
+        return jax.tree.map(sharding.abstract, state, jax.tree.map(as_returned, sharding.param_shardings(
             state, self.mesh, self.pipeline.sharding)))
 
     def replicated(self, tree):
         """Host arrays, the same on every process, on all devices."""
         if self.is_abstract:
-            return jax.tree.map(lambda leaf: _placed(leaf, NamedSharding(self.mesh, PartitionSpec())), tree)
+            return jax.tree.map(lambda leaf: sharding.abstract(leaf, NamedSharding(self.mesh, PartitionSpec())), tree)
         return sharding.replicate(tree, self.mesh)
 
     def split(self, tree):
@@ -125,7 +125,7 @@ class Session:
         if not self.is_abstract:
             return sharding.shard_batch(tree, self.mesh)
         parts = sharding.batch_devices(self.mesh)
-        return jax.tree.map(lambda leaf: _placed(leaf, NamedSharding(self.mesh, PartitionSpec(
+        return jax.tree.map(lambda leaf: sharding.abstract(leaf, NamedSharding(self.mesh, PartitionSpec(
             sharding.BATCH if leaf.shape[0] % parts == 0 else None))), tree)
 
     def key(self, iteration: int):
@@ -210,10 +210,6 @@ def as_returned(where: NamedSharding) -> NamedSharding:
     named = [(names,) if isinstance(names, str) else names or () for names in where.spec]
     split = [tuple(name for name in names if where.mesh.shape[name] > 1) for names in named]
     return NamedSharding(where.mesh, PartitionSpec(*(names or None for names in split)))
-
-
-def _placed(leaf, where):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def with_negatives(rows: list[Row], pipeline: Pipeline) -> list[Row]:

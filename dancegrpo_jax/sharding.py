@@ -104,6 +104,11 @@ def param_shardings(tree, mesh, rules: Rules = ()):
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def abstract(leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array, or of what stands for one, at a place."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
 def place_params(tree, mesh, rules: Rules = ()):
     """Puts parameters that every process has on the mesh, by their model's rules."""
     return jax.tree.map(_put, tree, param_shardings(tree, mesh, rules))

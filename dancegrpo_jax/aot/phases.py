@@ -95,10 +95,6 @@ def offline_config(config):
     return config
 
 
-def _sharded(leaf, where):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-
 def _place(leaf):
     """How an array is split, the same for all ways to say it."""
     where = getattr(leaf, "sharding", None)
@@ -155,7 +151,7 @@ def compile_phase(phase: Phase, function, *args, parallel: int, devices: int, **
     phase.memory["total"] = sum(phase.memory[name] for name in ("argument", "output", "temp", "code")) - phase.memory["alias"]
     phase.xla_flops = compiled.cost_analysis().get("flops", 0.0)
     phase.traffic = hlo.analyse(compiled.as_text(), devices)
-    return jax.tree.map(_sharded, traced.out_info, compiled.output_shardings)
+    return jax.tree.map(sharding.abstract, traced.out_info, compiled.output_shardings)
 
 
 class Compiler:
@@ -218,15 +214,15 @@ class Compiler:
             def where(leaf):
                 fits = leaf.ndim > axis and leaf.shape[axis] % parts == 0
                 return NamedSharding(mesh, PartitionSpec(*(None,) * axis, sharding.BATCH) if fits else PartitionSpec())
-            return jax.tree.map(lambda leaf: _sharded(leaf, where(leaf)), tree)
+            return jax.tree.map(lambda leaf: sharding.abstract(leaf, where(leaf)), tree)
 
         def params(tree):
-            return jax.tree.map(_sharded, tree, sharding.param_shardings(tree, mesh, self.run.rules))
+            return jax.tree.map(sharding.abstract, tree, sharding.param_shardings(tree, mesh, self.run.rules))
         placed = {Batch: lambda batch: Batch(split(batch.pairs, 2), *split((batch.samples, batch.cond), 0)), TrainState: params}
         if kind == "decode":  # split by sample, then by prompt and sample as the compiler does it
             flat = jax.ShapeDtypeStruct((math.prod(result.shape[:2]), *result.shape[2:]), result.dtype)
             group = jax.jit(lambda pixels: pixels.reshape(result.shape)).lower(split(flat, 0)).compile()
-            return _sharded(result, group.output_shardings)
+            return sharding.abstract(result, group.output_shardings)
         if type(result) is tuple:
             return tuple(placed.get(type(part), lambda part: split(part, 0))(part) for part in result)
         return params(result) if kind == "copies" else split(result, 1 if kind in ("rollout", "join") else 0)

@@ -178,8 +178,8 @@ def place(reward: DeviceReward, mesh) -> None:
     """Puts a reward's parameters on the mesh by its sharding rules; abstract ones get these as their shardings."""
     leaves = jax.tree.leaves(reward.params)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-        reward.params = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-                                     reward.params, sharding.param_shardings(reward.params, mesh, reward.sharding))
+        where = sharding.param_shardings(reward.params, mesh, reward.sharding)
+        reward.params = jax.tree.map(sharding.abstract, reward.params, where)
     elif leaves:
         reward.params = sharding.place_params(reward.params, mesh, reward.sharding)
 

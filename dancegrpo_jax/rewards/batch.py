@@ -14,13 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dancegrpo_jax import sharding
 from dancegrpo_jax.data import Row
 from dancegrpo_jax.media import Media, quantise
+from dancegrpo_jax.rollout import run
 
 _CUT = "pixels {} are cut within a sample ({}); only [P, G] may be split over devices"
-
-
-def run(name: str, function: Callable, *args, **kwargs):
-    """How a run calls its jitted functions. Others time them, or compile them and return abstract results."""
-    return function(*args, **kwargs)
 
 
 def chosen_frames(option: str | int, count: int) -> tuple[int, ...]:

@@ -16,7 +16,8 @@ from dancegrpo_jax.media import Media
 from dancegrpo_jax.models.files.convert import CheckpointError
 from dancegrpo_jax.registry import REWARDS
 from dancegrpo_jax.rewards.base import TAKES, DeviceReward, FunctionReward, LeftOut, Reward, Use, place
-from dancegrpo_jax.rewards.batch import Batch, BusyClock, run
+from dancegrpo_jax.rewards.batch import Batch, BusyClock
+from dancegrpo_jax.rollout import run
 
 log = logging.getLogger(__name__)
 COMMON_OPTIONS = ("reward", "weight", "binary", "frames", "batch")  # read by RewardSet itself
